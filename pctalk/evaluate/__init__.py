@@ -1,0 +1,1 @@
+"""How weights are measured: golden numbers, benchmarks, response curves."""

@@ -1,0 +1,1 @@
+"""The networks, with the published key names; no input or output."""
