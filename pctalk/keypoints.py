@@ -246,7 +246,9 @@ class Deformation:
         return _build(cls, path, tensors, fps=float(metadata["fps"]), regions=regions)
 
 
-def sum_deformations(deformations: Sequence[Deformation], frames: int | None = None, fps: float | None = None) -> Deformation:
+def sum_deformations(
+    deformations: Sequence[Deformation], frames: int | None = None, fps: float | None = None
+) -> Deformation:
     """The sum of deformations, whatever their order, to the last bit.
 
     Shorter tracks are held at their last frame (said in the log); other rates are resampled to `fps` (default: the
@@ -305,7 +307,9 @@ def _check(value: Keypoints | Deformation, expected: dict[str, tuple[int, ...]])
     for name, shape in expected.items():
         tensor = getattr(value, name)
         if tuple(tensor.shape) != shape or shape[0] == 0:
-            raise ValueError(f"{type(value).__name__}.{name} is {list(tensor.shape)}, expected {list(shape)} and at least one frame.")
+            raise ValueError(
+                f"{type(value).__name__}.{name} is {list(tensor.shape)}, expected {list(shape)} and at least one frame."
+            )
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{type(value).__name__}.{name} holds NaN or infinite values: check the input it was made from.")
     if not value.fps > 0:
@@ -340,8 +344,9 @@ def _load(path: str | Path, kind: str, device) -> tuple[dict[str, Tensor], dict[
             found = metadata.get("pctalk")
             if found != kind:
                 raise ValueError(f"{path} holds {found or 'something that PC-Talk did not save'}, expected {kind}.")
-            if metadata.get("version") != FORMAT_VERSION:
-                raise ValueError(f"{path} has format version {metadata.get('version')}: this version of PC-Talk reads {FORMAT_VERSION}.")
+            version = metadata.get("version")
+            if version != FORMAT_VERSION:
+                raise ValueError(f"{path} has format version {version}: this version of PC-Talk reads {FORMAT_VERSION}.")
             return {name: file.get_tensor(name) for name in file.keys()}, metadata
     except SafetensorError as error:
         raise ValueError(f"{path} is not a readable .safetensors file ({error}): save it again.") from None
