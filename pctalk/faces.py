@@ -1,0 +1,496 @@
+"""Faces in pictures: find them, place 468 landmarks, crop upright, paste a redrawn crop back.
+
+Positions are pixels of the picture with (0, 0) at the outer corner of the first pixel, so its centre is (0.5, 0.5).
+Landmarks follow MediaPipe's face mesh; the networks run on the weights in assets/faces.safetensors.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from .networks.face_detector import INPUT_SIZE as DETECTOR_SIZE
+from .networks.face_detector import FaceDetector
+from .networks.face_mesh import INPUT_SIZE as MESH_SIZE
+from .networks.face_mesh import NUM_LANDMARKS, FaceMesh
+
+log = logging.getLogger(__name__)
+
+ASSET = Path(__file__).parent / "assets" / "faces.safetensors"
+CROP_SIZE = 512
+MIN_SIDE = 64  # pixels; below it a face has too few pixels for the networks
+
+# Landmark indices. Left and right are the image's.
+LEFT_EYE = (33, 160, 158, 133, 153, 144)  # corners and lids, as in the 106- and 203-point layouts
+RIGHT_EYE = (362, 385, 387, 263, 373, 380)
+LEFT_EYE_OUTER, RIGHT_EYE_OUTER = 33, 263
+MOUTH_CORNERS = (61, 291)
+# fmt: off
+JAW = (127, 234, 93, 132, 58, 172, 136, 150, 149, 176, 148, 152, 377, 400, 378, 379, 365, 397, 288, 361, 323, 454, 356)
+BROWS = (46, 53, 52, 65, 55, 70, 63, 105, 66, 107, 276, 283, 282, 295, 285, 300, 293, 334, 296, 336)
+# fmt: on
+
+DETECTION_SCORE = 0.5  # anchors below are no candidates
+MESH_SCORE = 0.5  # crops below show no face
+SAME_FACE = 0.3  # overlap (intersection over union) above which two boxes are one face
+ROI_SCALE = 1.5  # the mesh sees the face's box times this
+MESH_PASSES = 3  # from the detector's box, then twice from the landmarks themselves, which makes them converge
+
+
+@dataclass(frozen=True)
+class Face:
+    """One face: box [4] as left, top, right, bottom; score 0..1; landmarks [468, 3]; all in pixels of the picture.
+
+    z points away from the camera, in the same unit as x and y, zero near the head's centre.
+    """
+
+    box: Tensor
+    score: float
+    landmarks: Tensor
+
+    @classmethod
+    def from_landmarks(cls, landmarks: Tensor, score: float = 1.0) -> Face:
+        """A face from landmarks found elsewhere, [468 or 478, 2 or 3] pixels; z is 0 where it is not given.
+
+        Raises ValueError for another shape or values that are not finite.
+        """
+        landmarks = torch.as_tensor(landmarks, dtype=torch.float32)
+        if landmarks.dim() != 2 or landmarks.shape[0] not in (NUM_LANDMARKS, 478) or landmarks.shape[1] not in (2, 3):
+            raise ValueError(f"Face landmarks are {list(landmarks.shape)}, expected [468 or 478, 2 or 3] in pixels.")
+        if not torch.isfinite(landmarks).all():
+            raise ValueError("Face landmarks hold NaN or infinite values: leave the frames without a face out.")
+        landmarks = F.pad(landmarks[:NUM_LANDMARKS], (0, 3 - landmarks.shape[1]))
+        low, high = landmarks[:, :2].amin(dim=0), landmarks[:, :2].amax(dim=0)
+        return cls(torch.cat([low, high]), score, landmarks)
+
+    @property
+    def area(self) -> float:
+        left, top, right, bottom = self.box.tolist()
+        return (right - left) * (bottom - top)
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A square cut out of a picture, possibly rotated: matrix [3, 3] maps picture pixels to crop pixels (a similarity)."""
+
+    matrix: Tensor
+    size: int = CROP_SIZE
+
+    @classmethod
+    def around(cls, centre: tuple[float, float], side: float, angle: float = 0.0, size: int = CROP_SIZE) -> Crop:
+        """The crop of a square with this centre and side in the picture, its x axis turned by `angle` (radians, clockwise)."""
+        scale = size / side
+        cos, sin = scale * math.cos(angle), scale * math.sin(angle)
+        x, y = centre
+        half = size / 2
+        rows = [[cos, sin, half - cos * x - sin * y], [-sin, cos, half + sin * x - cos * y], [0.0, 0.0, 1.0]]
+        return cls(torch.tensor(rows, dtype=torch.float64).float(), size)
+
+    @property
+    def scale(self) -> float:
+        """Crop pixels per picture pixel."""
+        return math.hypot(float(self.matrix[0, 0]), float(self.matrix[0, 1]))
+
+    @property
+    def inverse(self) -> Tensor:
+        """Crop pixels to picture pixels: [3, 3]."""
+        return torch.linalg.inv(self.matrix.double()).to(self.matrix.dtype)
+
+    def apply(self, points: Tensor) -> Tensor:
+        """Picture pixels [..., 2 or 3] to crop pixels; z is scaled along."""
+        return _transform(points, self.matrix, self.scale)
+
+    def undo(self, points: Tensor) -> Tensor:
+        """Crop pixels [..., 2 or 3] to picture pixels; z is scaled along."""
+        return _transform(points, self.inverse, 1.0 / self.scale)
+
+    def corners(self) -> Tensor:
+        """The four corners in the picture: [4, 2]."""
+        return self.undo(self.matrix.new_tensor([[0, 0], [self.size, 0], [self.size, self.size], [0, self.size]]))
+
+
+def _transform(points: Tensor, matrix: Tensor, scale: float) -> Tensor:
+    matrix = matrix.to(points)
+    moved = points[..., :2] @ matrix[:2, :2].T + matrix[:2, 2]
+    return torch.cat([moved, points[..., 2:] * scale], dim=-1)
+
+
+class FaceFinder(nn.Module):
+    """The detector and the face mesh."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.detector = FaceDetector()
+        self.mesh = FaceMesh()
+
+    @classmethod
+    def from_assets(cls, path: Path = ASSET) -> FaceFinder:
+        """The networks with the weights that ship. Raises FileNotFoundError or ValueError when their file is missing or damaged."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: install PC-Talk again.")
+        finder = cls()
+        try:
+            finder.load_state_dict({key: value.float() for key, value in load_file(path).items()})
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(f"{path} does not hold the face networks ({error}): install PC-Talk again.") from None
+        # Depthwise convolutions on a CPU take about a third less time with channels last.
+        return finder.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def find(self, image: Tensor) -> list[Face]:
+        """Every face of a picture, largest first, [] when there is none.
+
+        Args: image uint8 [H, W, 3], any size: faces from about 5 % of its height up to larger than the picture.
+        """
+        # The whole picture finds nearly every face; a face that fills it is found with a margin around it, a tiny one in a
+        # picture much longer than wide only in parts of the picture.
+        for windows in (_whole(image), _with_margin(image), _tiles(image)):
+            faces = self._fit(image, self._detect(image, windows), MESH_PASSES)
+            if faces:
+                return sorted(faces, key=lambda face: face.area, reverse=True)
+        return []
+
+    @torch.no_grad()
+    def follow(self, image: Tensor, face: Face) -> Face | None:
+        """The same face in the next frame of a video, from where it was: quick and steady; None when it is gone."""
+        faces = self._fit(image, [_mesh_crop(face.landmarks)], passes=1)
+        return faces[0] if faces else None
+
+    def track(
+        self, images: Tensor, face_index: int = 0, *, progress: Callable[[int, int], None] | None = None
+    ) -> list[Face]:
+        """One face through a video, one result a frame; frames in which it is missing are bridged from their neighbours.
+
+        Args: images uint8 [N, H, W, 3]; face_index: 0 is the largest face of the first frame that shows enough faces.
+        Raises ValueError when no frame shows the face (see `select_face`).
+        """
+        found: list[Face | None] = []
+        latest: Face | None = None
+        for number, image in enumerate(images):
+            face = self.follow(image, latest) if latest is not None else None
+            if face is None:
+                face = _continued(self.find(image), latest, face_index)
+            latest = face or latest
+            found.append(face)
+            if progress:
+                progress(number + 1, len(images))
+        if latest is None:
+            select_face(self.find(images[0]), face_index, images.shape[1:3])
+        return _bridged(found)
+
+    def _detect(self, image: Tensor, windows: Sequence[Crop]) -> list[Crop]:
+        """Mesh crops of the candidates in some windows of the picture."""
+        device = self.detector.anchors.device
+        views = torch.stack([sample(image, window, border="zeros") for window in windows]).to(device)
+        scores, points = self.detector(views.to(memory_format=torch.channels_last) / 127.5 - 1.0)
+        boxes, keypoints, confidences = [], [], []
+        for window, score, point in zip(windows, scores.cpu(), points.cpu()):
+            candidate = score > DETECTION_SCORE
+            point = point[candidate] * DETECTOR_SIZE
+            half = point[:, 1] / 2
+            boxes.append(torch.cat([window.undo(point[:, 0] - half), window.undo(point[:, 0] + half)], dim=1))
+            keypoints.append(window.undo(point[:, 2:4]))
+            confidences.append(score[candidate])
+        merged = suppress(torch.cat(boxes), torch.cat(confidences), torch.cat(keypoints).flatten(1))
+        crops = []
+        for left, top, right, bottom, *eyes in merged.tolist():
+            angle = math.atan2(eyes[3] - eyes[1], eyes[2] - eyes[0])
+            side = max(right - left, bottom - top) * ROI_SCALE
+            if side > 1.0:
+                crops.append(Crop.around(((left + right) / 2, (top + bottom) / 2), side, angle, MESH_SIZE))
+        return crops
+
+    def _fit(self, image: Tensor, crops: list[Crop], passes: int) -> list[Face]:
+        """Landmarks of the faces in some crops, each crop moved to its landmarks between passes."""
+        device = self.detector.anchors.device
+        faces: list[Face] = []
+        for _ in range(passes):
+            if not crops:
+                return []
+            views = torch.stack([sample(image, crop) for crop in crops]).to(device)
+            landmarks, scores = self.mesh(views.to(memory_format=torch.channels_last) / 255.0)
+            faces = [
+                Face.from_landmarks(crop.undo(points), score)
+                for crop, points, score in zip(crops, landmarks.cpu(), scores.tolist())
+                if score > MESH_SCORE
+            ]
+            crops = [_mesh_crop(face.landmarks) for face in faces]
+        return _distinct(faces)
+
+
+def suppress(boxes: Tensor, scores: Tensor, values: Tensor) -> Tensor:
+    """Non-maximum suppression that averages, weighted by score, every box with those it overlaps (as BlazeFace does).
+
+    Args: boxes [n, 4] as left, top, right, bottom; scores [n]; values [n, k] averaged along.
+    Returns: [m, 4 + k], best score first.
+    """
+    rows = torch.cat([boxes, values], dim=1)
+    order = scores.argsort(descending=True)
+    merged = []
+    while len(order):
+        together = overlap(boxes[order[0]], boxes[order]) > SAME_FACE
+        together[0] = True
+        weight = scores[order[together]]
+        merged.append((rows[order[together]] * weight[:, None]).sum(dim=0) / weight.sum())
+        order = order[~together]
+    return torch.stack(merged) if merged else rows
+
+
+def overlap(box: Tensor, boxes: Tensor) -> Tensor:
+    """Intersection over union of a box [4] with each of [n, 4]: [n]."""
+    low = torch.maximum(box[:2], boxes[:, :2])
+    high = torch.minimum(box[2:], boxes[:, 2:])
+    intersection = (high - low).clamp(min=0).prod(dim=1)
+    union = (box[2:] - box[:2]).prod() + (boxes[:, 2:] - boxes[:, :2]).prod(dim=1) - intersection
+    return intersection / union.clamp(min=1e-9)
+
+
+def _distinct(faces: list[Face]) -> list[Face]:
+    """Without those that landed on the same face, the surest kept."""
+    kept: list[Face] = []
+    for face in sorted(faces, key=lambda face: face.score, reverse=True):
+        if not kept or overlap(face.box, torch.stack([other.box for other in kept])).max() < SAME_FACE:
+            kept.append(face)
+    return kept
+
+
+def _whole(image: Tensor) -> list[Crop]:
+    height, width = image.shape[:2]
+    return [Crop.around((width / 2, height / 2), max(height, width), size=DETECTOR_SIZE)]
+
+
+def _with_margin(image: Tensor) -> list[Crop]:
+    height, width = image.shape[:2]
+    return [Crop.around((width / 2, height / 2), 2.0 * max(height, width), size=DETECTOR_SIZE)]
+
+
+def _tiles(image: Tensor) -> list[Crop]:
+    """Squares of two thirds of the shorter side that overlap by at least a half of theirs."""
+    height, width = image.shape[:2]
+    side = min(height, width) * 2 / 3
+    columns, rows = (max(2, math.ceil(2 * length / side) - 1) for length in (width, height))
+    lefts = [(width - side) * i / (columns - 1) for i in range(columns)]
+    tops = [(height - side) * i / (rows - 1) for i in range(rows)]
+    return [Crop.around((left + side / 2, top + side / 2), side, size=DETECTOR_SIZE) for top in tops for left in lefts]
+
+
+def _mesh_crop(landmarks: Tensor) -> Crop:
+    """Where the mesh should look for a face whose landmarks are known: level eyes, the longer extent times 1.5."""
+    across = landmarks[RIGHT_EYE_OUTER, :2] - landmarks[LEFT_EYE_OUTER, :2]
+    angle = math.atan2(float(across[1]), float(across[0]))
+    centre, extent = _oriented_box(landmarks[:, :2], angle)
+    return Crop.around(centre, max(float(extent.max()), 1.0) * ROI_SCALE, angle, MESH_SIZE)
+
+
+def _oriented_box(points: Tensor, angle: float) -> tuple[tuple[float, float], Tensor]:
+    """Centre (in the picture) and extent [2] of the box around points [n, 2] whose x axis is turned by `angle`."""
+    cos, sin = math.cos(angle), math.sin(angle)
+    axes = points.new_tensor([[cos, sin], [-sin, cos]])  # rows: along the box, down the box
+    turned = points @ axes.T
+    low, high = turned.amin(dim=0), turned.amax(dim=0)
+    x, y = ((low + high) / 2 @ axes).tolist()
+    return (x, y), high - low
+
+
+def _continued(faces: list[Face], latest: Face | None, face_index: int) -> Face | None:
+    """The face to follow among those just found: by number at first, later the one where it was last seen."""
+    if latest is None:
+        return faces[face_index] if face_index < len(faces) else None
+    if not faces:
+        return None
+    overlaps = overlap(latest.box, torch.stack([face.box for face in faces]))
+    best = int(overlaps.argmax())
+    return faces[best] if overlaps[best] > 0 else None
+
+
+def _bridged(found: list[Face | None]) -> list[Face]:
+    """Gaps filled: linearly between the nearest frames that have the face, held at the ends."""
+    known = [number for number, face in enumerate(found) if face is not None]
+    missing = [number for number, face in enumerate(found) if face is None]
+    if missing:
+        log.warning(
+            "No face in %d of %d frames (the first is frame %d): they are bridged from their neighbours.",
+            len(missing),
+            len(found),
+            missing[0],
+        )
+    faces: list[Face] = []
+    for number, face in enumerate(found):
+        if face is None:
+            before = max((k for k in known if k < number), default=known[0])
+            after = min((k for k in known if k > number), default=known[-1])
+            weight = (number - before) / (after - before) if after != before else 0.0
+            landmarks = torch.lerp(found[before].landmarks, found[after].landmarks, weight)
+            face = Face.from_landmarks(landmarks, score=0.0)
+        faces.append(face)
+    return faces
+
+
+def select_face(faces: Sequence[Face], face_index: int, image_size: Sequence[int], frame: int = 0) -> Face:
+    """The face that was asked for. Raises ValueError that says what to do when there is none.
+
+    Args: faces, largest first; face_index: 0 is the largest; image_size: (height, width) in pixels; frame: its number.
+    """
+    if not faces:
+        least = max(16, round(0.05 * image_size[0]))
+        raise ValueError(
+            f"No face found in frame {frame}: a face must be at least {least} pixels high here (5 % of the picture), "
+            "uncovered and turned towards the camera; crop the picture closer or choose another one."
+        )
+    if not 0 <= face_index < len(faces):
+        raise ValueError(
+            f"Face {face_index} was asked for, but frame {frame} shows {len(faces)} face{'s' if len(faces) > 1 else ''}: "
+            f"choose a face_index from 0 (the largest) to {len(faces) - 1}."
+        )
+    return faces[face_index]
+
+
+def crop_of(face: Face | Tensor, scale: float = 2.3, vy: float = -0.125, size: int = CROP_SIZE) -> Crop:
+    """LivePortrait's crop of a face, rotated upright.
+
+    The axis runs from between the eyes to the lips; the side is the longer extent of the jaw line and brows along that
+    axis and across it, times `scale`; the centre moves by vy * side along the axis (negative: towards the hair). The extent
+    leaves the forehead out because the published crop is measured on layouts of 106 or 203 points that have none.
+    Args: face, or landmarks [468 or 478, 2 or 3] in pixels.
+    """
+    points = (face.landmarks if isinstance(face, Face) else face)[:, :2].float()
+    eyes = (points[list(LEFT_EYE)].mean(dim=0) + points[list(RIGHT_EYE)].mean(dim=0)) / 2
+    lips = points[list(MOUTH_CORNERS)].mean(dim=0)
+    down = lips - eyes
+    length = float(down.norm())
+    across, along = (float(down[0]), float(down[1])) if length > 1e-3 else (0.0, 1.0)
+    angle = math.atan2(-across, along)  # of the crop's x axis, whose y axis is `down`
+    (x, y), extent = _oriented_box(points[list(JAW + BROWS)], angle)
+    side = max(float(extent.max()), 1.0) * scale
+    centre = (x - math.sin(angle) * vy * side, y + math.cos(angle) * vy * side)
+    return Crop.around(centre, side, angle, size)
+
+
+def crop_image(image: Tensor, crop: Crop) -> Tensor:
+    """Cut a crop out of a picture: uint8 [H, W, 3] to uint8 [S, S, 3]; beyond the picture its border is repeated."""
+    return rearrange(sample(image, crop).round().clamp(0, 255).byte(), "c h w -> h w c")
+
+
+def sample(image: Tensor, crop: Crop, border: str = "border") -> Tensor:
+    """A crop of a picture before rounding: uint8 [H, W, 3] to float 0..255 [3, S, S].
+
+    Free of aliasing: a region larger than the crop is first reduced by area to at most twice the crop's resolution,
+    then sampled at twice that density and averaged.
+    Args: border: "border" repeats the picture's border beyond it, "zeros" leaves it black.
+    """
+    height, width = image.shape[:2]
+    step = 1.0 / crop.scale  # picture pixels per crop pixel
+    margin = math.ceil(2 * step) + 1
+    low = (crop.corners().amin(dim=0).floor() - margin).tolist()
+    high = (crop.corners().amax(dim=0).ceil() + margin).tolist()
+    left, right = _within(low[0], high[0], width)
+    top, bottom = _within(low[1], high[1], height)
+    region = rearrange(image[top:bottom, left:right], "h w c -> 1 c h w")
+    rows, columns = region.shape[2:]
+    if step > 2.0:
+        rows, columns = (max(1, round(length * 2.0 / step)) for length in (rows, columns))
+        region = _reduced(region, rows, columns)
+    density = 2 if step > 1.0 else 1
+    axis = (torch.arange(crop.size * density, device=image.device) + 0.5) / density
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    points = crop.undo(torch.stack([x, y], dim=-1).to(crop.matrix.device)).to(image.device)
+    origin = points.new_tensor([left, top])
+    extent = points.new_tensor([right - left, bottom - top])
+    grid = (points - origin) * (2.0 / extent) - 1.0
+    sampled = F.grid_sample(region.float(), grid[None], mode="bilinear", padding_mode=border, align_corners=False)
+    return (F.avg_pool2d(sampled, density) if density > 1 else sampled)[0]
+
+
+def _within(low: float, high: float, length: int) -> tuple[int, int]:
+    """The part of low..high inside 0..length, at least one pixel."""
+    start = min(max(int(low), 0), length - 1)
+    return start, min(max(int(high), start + 1), length)
+
+
+def _reduced(region: Tensor, rows: int, columns: int) -> Tensor:
+    """uint8 [1, 3, h, w] smaller, antialiased. On a CPU in bytes: an 8K picture would take 0.6 GB as float."""
+    if region.device.type != "cpu":
+        region = region.float()
+    return F.interpolate(region, (rows, columns), mode="bilinear", antialias=True, align_corners=False)
+
+
+RAMP_FROM, RAMP_WIDTH = 16, 16  # the soft mask: whole inside 16..496 of 512, fading to nothing at the crop's edge
+
+
+def soft_mask(size: int = CROP_SIZE, device: torch.device | None = None) -> Tensor:
+    """What of a crop is pasted: 1 inside, a linear ramp over 1/32 of the side to 0 at the edge: [S, S]."""
+    position = (torch.arange(size, device=device) + 0.5) * (CROP_SIZE / size)
+    distance = torch.minimum(position, CROP_SIZE - position)
+    ramp = ((distance - (RAMP_FROM - RAMP_WIDTH)) / RAMP_WIDTH).clamp(0.0, 1.0)
+    return torch.minimum(ramp[:, None], ramp[None, :])
+
+
+def paste_mask(crop: Crop, height: int, width: int) -> Tensor:
+    """Where and how strongly `PasteBack` redraws a picture: [H, W] in 0..1."""
+    y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+    grid = crop.apply(torch.stack([x, y], dim=-1).to(crop.matrix.device)) * (2.0 / crop.size) - 1.0
+    mask = soft_mask(crop.size, crop.matrix.device)
+    return F.grid_sample(mask[None, None], grid[None], mode="bilinear", padding_mode="zeros", align_corners=False)[0, 0]
+
+
+class PasteBack:
+    """Draws rendered crops into the picture they came from; what doesn't depend on the frame is computed once."""
+
+    def __init__(self, crop: Crop, source: Tensor) -> None:
+        """Args: crop; source uint8 [H, W, 3], whose device is used."""
+        height, width = source.shape[:2]
+        self.crop = crop
+        self.source = source
+        mask = paste_mask(crop, height, width)
+        self.mask = mask.to(source.device)
+
+    def __call__(self, frames: Tensor) -> Tensor:
+        """uint8 [b, S, S, 3] to uint8 [b, H, W, 3]."""
+        height, width = self.source.shape[:2]
+        y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+        grid = self.crop.apply(torch.stack([x, y], dim=-1)) * (2.0 / self.crop.size) - 1.0
+        drawn = F.grid_sample(
+            rearrange(frames, "b h w c -> b c h w").float(), grid.expand(len(frames), -1, -1, -1), padding_mode="border", align_corners=False
+        )
+        drawn = rearrange(drawn, "b c h w -> b h w c")
+        return torch.lerp(self.source.float(), drawn, self.mask[..., None]).round().byte()
+
+
+def paste_back(frames: Tensor, source: Tensor, crop: Crop) -> Tensor:
+    """Rendered crops uint8 [b, S, S, 3] drawn into a picture uint8 [H, W, 3]: uint8 [b, H, W, 3]. See `PasteBack`."""
+    return PasteBack(crop, source)(frames)
+
+
+def prepare_images(images: Tensor) -> Tensor:
+    """Pictures as ComfyUI gives them, float 0..1 [N, H, W, 1, 3 or 4], as uint8 [N, H, W, 3].
+
+    Grey is copied to three channels, an alpha channel is left out, values outside 0..1 are cut.
+    Raises ValueError for another shape, NaN, or a side below 64 pixels.
+    """
+    if images.dim() != 4 or images.shape[3] not in (1, 3, 4) or images.shape[0] == 0:
+        raise ValueError(f"The image is {list(images.shape)}, expected [frames, height, width, 1, 3 or 4 channels].")
+    count, height, width, channels = images.shape
+    if min(height, width) < MIN_SIDE:
+        raise ValueError(
+            f"The image has {width} x {height} pixels, expected at least {MIN_SIDE} x {MIN_SIDE}: "
+            "use a larger picture (enlarging this one won't bring the face back)."
+        )
+    prepared = torch.empty(count, height, width, 3, dtype=torch.uint8, device=images.device)
+    # Strip by strip, so that an 8K picture or a long video needs no second copy in float.
+    rows = max(1, (1 << 22) // width)
+    for strip, out in zip(images.flatten(0, 1).split(rows), prepared.flatten(0, 1).split(rows)):
+        if not torch.isfinite(strip).all():
+            raise ValueError("The image holds NaN or infinite values: check the node or file it comes from.")
+        out.copy_((strip[..., :3] if channels == 4 else strip).float().mul(255.0).round_().clamp_(0.0, 255.0))
+    return prepared
