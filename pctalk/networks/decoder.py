@@ -9,6 +9,7 @@ depend on what was predicted before. It is therefore computed for all frames at 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from einops import rearrange
@@ -27,6 +28,16 @@ def flatten_keypoints(motion: Tensor) -> Tensor:
 def unflatten_keypoints(motion: Tensor) -> Tensor:
     """The inverse of `flatten_keypoints`: [..., 3 K] to [..., K, 3]."""
     return rearrange(motion, "... (c k) -> ... k c", c=3)
+
+
+def windows(frames: int, window: int) -> Iterator[tuple[int, int, int]]:
+    """How a sequence is cut: (start, end, warm) per window; its first `warm` frames repeat the last ones before it.
+
+    Windows of `window` frames overlap by a fifth; the last may be shorter, but always brings a frame that is new.
+    """
+    overlap = window // 5
+    for start in range(0, max(1, frames - overlap), window - overlap):
+        yield start, min(start + window, frames), overlap if start else 0
 
 
 class PeriodicPositions(nn.Module):
