@@ -263,17 +263,16 @@ def frame_rate(fps: float | str | Fraction) -> Fraction:
     return exact.limit_denominator(1001)
 
 
-def check_output(path: str | Path) -> Path:
-    """The path, when an MP4 file can be written there; nothing is left behind.
+def check_output(path: str | Path, ending: str = ".mp4") -> Path:
+    """The path, when a file with this ending can be written there; nothing is left behind.
 
-    Raises ValueError for another ending than .mp4; OSError with a remedy for a folder that is missing or can't be
-    written.
+    Raises ValueError for another ending; OSError with a remedy for a folder that is missing or can't be written.
     """
     path = Path(path)
-    if path.suffix.lower() != ".mp4":
-        raise ValueError(f"{path} does not end in .mp4: give the output file that ending.")
+    if path.suffix.lower() != ending:
+        raise ValueError(f"{path} does not end in {ending}: give the output file that ending.")
     if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder, expected the name of an MP4 file: name a file in it.")
+        raise IsADirectoryError(f"{path} is a folder, expected the name of a {ending} file: name a file in it.")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"The output folder {path.parent} doesn't exist: create it or choose another.")
     probe = _part_of(path)
