@@ -38,13 +38,15 @@ JAW = (127, 234, 93, 132, 58, 172, 136, 150, 149, 176, 148, 152, 377, 400, 378, 
 BROWS = (46, 53, 52, 65, 55, 70, 63, 105, 66, 107, 276, 283, 282, 295, 285, 300, 293, 334, 296, 336)
 # fmt: on
 
-DETECTION_SCORE = 0.5  # anchors below are no candidates
-MESH_SCORE = 0.5  # crops below show no face
+CANDIDATE_SCORE = 0.4  # of the detector; low, because the mesh is the better judge
+FACE_SCORE = 0.9  # of the mesh, for a face to be found: in focus, faces score 0.99 to 1; what isn't a face mostly below 0.3
+FOLLOW_SCORE = 0.5  # of the mesh, for a face to be followed through blur
 SAME_FACE = 0.3  # overlap (intersection over union) above which two boxes are one face
+PORTRAIT = 0.25  # a face at least this part of the shorter side is what the picture is about
 ROI_SCALE = 1.5  # the mesh sees the face's box times this
+FIND_PASSES = 3  # of the mesh: from the detector's box, then twice from its own landmarks, which makes them converge
 MASK_RAMP = 16 / 512  # of the crop's side
 PASTE_PIXELS = 1 << 19  # drawn at once by `PasteBack`: small enough to stay in a CPU's cache
-MESH_PASSES = 3  # from the detector's box, then twice from the landmarks themselves, which makes them converge
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,9 @@ class Face:
         return cls(torch.cat([low, high]), score, landmarks)
 
     @property
-    def area(self) -> float:
-        left, top, right, bottom = self.box.tolist()
-        return (right - left) * (bottom - top)
+    def side(self) -> float:
+        """The side of a square as large as the box, in pixels."""
+        return float((self.box[2:] - self.box[:2]).prod()) ** 0.5
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ class FaceFinder(nn.Module):
 
     @classmethod
     def from_assets(cls, path: Path = ASSET) -> FaceFinder:
-        """The networks with the weights that ship. Raises FileNotFoundError or ValueError when their file is missing or damaged."""
+        """The networks with the weights that ship. Raises FileNotFoundError or ValueError without them."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -155,41 +157,50 @@ class FaceFinder(nn.Module):
 
         Args: image uint8 [H, W, 3], any size: faces from about 5 % of its height up to larger than the picture.
         """
-        # The whole picture finds nearly every face; a face that fills it is found with a margin around it, a tiny one in a
-        # picture much longer than wide only in parts of the picture.
-        for windows in (_whole(image), _with_margin(image), _tiles(image)):
-            faces = self._fit(image, self._detect(image, windows), MESH_PASSES)
-            if faces:
-                return sorted(faces, key=lambda face: face.area, reverse=True)
-        return []
+        # A face larger than the picture is found when there is a margin around it.
+        faces = self._search(image, _whole(image)) or self._search(image, _with_margin(image))
+        # A picture without a prominent face may hold several small ones, which are found in its parts.
+        if not faces or faces[0].side < PORTRAIT * min(image.shape[:2]):
+            faces = _distinct(faces + self._search(image, _tiles(image)))
+        return sorted(faces, key=lambda face: face.side, reverse=True)
 
     @torch.no_grad()
     def follow(self, image: Tensor, face: Face) -> Face | None:
         """The same face in the next frame of a video, from where it was: quick and steady; None when it is gone."""
-        faces = self._fit(image, [_mesh_crop(face.landmarks)], passes=1)
+        faces = self._fit(image, [_mesh_crop(face.landmarks)], passes=1, least=FOLLOW_SCORE)
         return faces[0] if faces else None
 
-    def track(
-        self, images: Tensor, face_index: int = 0, *, progress: Callable[[int, int], None] | None = None
-    ) -> list[Face]:
+    def track(self, images: Tensor, face_index: int = 0, *, progress: Callable[[int, int], None] | None = None) -> list[Face]:
         """One face through a video, one result a frame; frames in which it is missing are bridged from their neighbours.
 
-        Args: images uint8 [N, H, W, 3]; face_index: 0 is the largest face of the first frame that shows enough faces.
+        Args: images uint8 [N, H, W, 3]; face_index: 0 is the largest, in the first frame that shows enough faces;
+        progress: called with frames done and frames in all.
         Raises ValueError when no frame shows the face (see `select_face`).
         """
         found: list[Face | None] = []
         latest: Face | None = None
+        missed = 0
+        most, most_frame = [], 0  # for the error
         for number, image in enumerate(images):
-            face = self.follow(image, latest) if latest is not None else None
+            face = self.follow(image, latest) if latest is not None and missed == 0 else None
             if face is None:
-                face = _continued(self.find(image), latest, face_index)
-            latest = face or latest
+                seen = self.find(image)
+                if len(seen) > len(most):
+                    most, most_frame = seen, number
+                face = _again(seen, latest, missed) if latest is not None else dict(enumerate(seen)).get(face_index)
+            missed = 0 if face is not None else missed + 1
+            latest = face if face is not None else latest
             found.append(face)
-            if progress:
+            if progress is not None:
                 progress(number + 1, len(images))
         if latest is None:
-            select_face(self.find(images[0]), face_index, images.shape[1:3])
-        return _bridged(found)
+            select_face(most, face_index, images.shape[1:3], most_frame)
+        return bridge(found)
+
+    def _search(self, image: Tensor, windows: Sequence[Crop]) -> list[Face]:
+        """Faces in some windows of the picture, largest first."""
+        faces = self._fit(image, self._detect(image, windows), FIND_PASSES, FACE_SCORE)
+        return sorted(_distinct(faces), key=lambda face: face.side, reverse=True)
 
     def _detect(self, image: Tensor, windows: Sequence[Crop]) -> list[Crop]:
         """Mesh crops of the candidates in some windows of the picture."""
@@ -197,8 +208,8 @@ class FaceFinder(nn.Module):
         views = torch.stack([sample(image, window, border="zeros") for window in windows]).to(device)
         scores, points = self.detector(views.to(memory_format=torch.channels_last) / 127.5 - 1.0)
         boxes, keypoints, confidences = [], [], []
-        for window, score, point in zip(windows, scores.cpu(), points.cpu()):
-            candidate = score > DETECTION_SCORE
+        for window, score, point in zip(windows, scores.cpu(), points.cpu(), strict=True):
+            candidate = score > CANDIDATE_SCORE
             point = point[candidate] * DETECTOR_SIZE
             half = point[:, 1] / 2
             boxes.append(torch.cat([window.undo(point[:, 0] - half), window.undo(point[:, 0] + half)], dim=1))
@@ -213,8 +224,8 @@ class FaceFinder(nn.Module):
                 crops.append(Crop.around(((left + right) / 2, (top + bottom) / 2), side, angle, MESH_SIZE))
         return crops
 
-    def _fit(self, image: Tensor, crops: list[Crop], passes: int) -> list[Face]:
-        """Landmarks of the faces in some crops, each crop moved to its landmarks between passes."""
+    def _fit(self, image: Tensor, crops: list[Crop], passes: int, least: float) -> list[Face]:
+        """Landmarks of the faces in some crops, each crop moved to its landmarks between passes; only sure ones stay."""
         device = self.detector.anchors.device
         faces: list[Face] = []
         for _ in range(passes):
@@ -222,13 +233,10 @@ class FaceFinder(nn.Module):
                 return []
             views = torch.stack([sample(image, crop) for crop in crops]).to(device)
             landmarks, scores = self.mesh(views.to(memory_format=torch.channels_last) / 255.0)
-            faces = [
-                Face.from_landmarks(crop.undo(points), score)
-                for crop, points, score in zip(crops, landmarks.cpu(), scores.tolist())
-                if score > MESH_SCORE
-            ]
+            placed = zip(crops, landmarks.cpu(), scores.tolist(), strict=True)
+            faces = [Face.from_landmarks(crop.undo(points), score) for crop, points, score in placed]
             crops = [_mesh_crop(face.landmarks) for face in faces]
-        return _distinct(faces)
+        return [face for face in faces if face.score > least]
 
 
 def suppress(boxes: Tensor, scores: Tensor, values: Tensor) -> Tensor:
@@ -278,10 +286,11 @@ def _with_margin(image: Tensor) -> list[Crop]:
 
 
 def _tiles(image: Tensor) -> list[Crop]:
-    """Squares of two thirds of the shorter side that overlap by at least a half of theirs."""
+    """Squares of two thirds of the shorter side, so overlapping that a face they are meant for is whole in one of them."""
     height, width = image.shape[:2]
     side = min(height, width) * 2 / 3
-    columns, rows = (max(2, math.ceil(2 * length / side) - 1) for length in (width, height))
+    stride = side - PORTRAIT * min(height, width)
+    columns, rows = (math.ceil((length - side) / stride) + 1 for length in (width, height))
     lefts = [(width - side) * i / (columns - 1) for i in range(columns)]
     tops = [(height - side) * i / (rows - 1) for i in range(rows)]
     return [Crop.around((left + side / 2, top + side / 2), side, size=DETECTOR_SIZE) for top in tops for left in lefts]
@@ -305,28 +314,25 @@ def _oriented_box(points: Tensor, angle: float) -> tuple[tuple[float, float], Te
     return (x, y), high - low
 
 
-def _continued(faces: list[Face], latest: Face | None, face_index: int) -> Face | None:
-    """The face to follow among those just found: by number at first, later the one where it was last seen."""
-    if latest is None:
-        return faces[face_index] if face_index < len(faces) else None
-    if not faces:
-        return None
-    overlaps = overlap(latest.box, torch.stack([face.box for face in faces]))
-    best = int(overlaps.argmax())
-    return faces[best] if overlaps[best] > 0 else None
+def _again(seen: Sequence[Face], latest: Face, missed: int) -> Face | None:
+    """The face nearest to where one was last seen, if it can be the same: the reach grows while it is missed."""
+
+    def distance(face: Face) -> float:
+        return float(((face.box[:2] + face.box[2:]) - (latest.box[:2] + latest.box[2:])).norm()) / 2
+
+    nearest = min(seen, key=distance, default=None)
+    reach = latest.side * (1.0 + missed / 5)
+    return nearest if nearest is not None and distance(nearest) < reach else None
 
 
-def _bridged(found: list[Face | None]) -> list[Face]:
-    """Gaps filled: linearly between the nearest frames that have the face, held at the ends."""
+def bridge(found: Sequence[Face | None]) -> list[Face]:
+    """A track without gaps: linear between the nearest frames that have the face, held at the ends; said in the log.
+
+    Raises ValueError when no frame has a face.
+    """
     known = [number for number, face in enumerate(found) if face is not None]
-    missing = [number for number, face in enumerate(found) if face is None]
-    if missing:
-        log.warning(
-            "No face in %d of %d frames (the first is frame %d): they are bridged from their neighbours.",
-            len(missing),
-            len(found),
-            missing[0],
-        )
+    if not known:
+        raise ValueError(f"None of {len(found)} frames has a face: choose a video that shows one.")
     faces: list[Face] = []
     for number, face in enumerate(found):
         if face is None:
@@ -336,6 +342,10 @@ def _bridged(found: list[Face | None]) -> list[Face]:
             landmarks = torch.lerp(found[before].landmarks, found[after].landmarks, weight)
             face = Face.from_landmarks(landmarks, score=0.0)
         faces.append(face)
+    missing = len(found) - len(known)
+    if missing:
+        first = next(number for number, face in enumerate(found) if face is None)
+        log.warning("No face in %d of %d frames, frame %d first: bridged from their neighbours.", missing, len(found), first)
     return faces
 
 
@@ -403,17 +413,18 @@ def sample(image: Tensor, crop: Crop, mode: str = "bilinear", border: str = "bor
     rows, columns = region.shape[2:]
     if step > 2.0:
         region = _reduced(region, max(1, round(rows * 2.0 / step)), max(1, round(columns * 2.0 / step)))
-    density = 2 if step > 1.0 else 1
+    density = 2 if step > 1.25 else 1
     axis = (torch.arange(crop.size * density, device=image.device) + 0.5) / density
     matrix = crop.inverse.clone()
     matrix[:2, 2] -= matrix.new_tensor([left, top])
     grid = _grid(matrix, axis, axis, rows, columns)
+    mode = mode if density == 1 else "bilinear"  # averaged anyway
     sampled = F.grid_sample(region.float(), grid, mode=mode, padding_mode=border, align_corners=False)
     return (F.avg_pool2d(sampled, density) if density > 1 else sampled)[0]
 
 
 def _grid(matrix: Tensor, y: Tensor, x: Tensor, height: int, width: int) -> Tensor:
-    """Positions for `grid_sample`: where matrix [3, 3] takes rows y [h] and columns x [w], in an image of this size: [1, h, w, 2]."""
+    """For `grid_sample`: where matrix [3, 3] takes rows y [h] and columns x [w] in an image of this size: [1, h, w, 2]."""
     (a, b, c), (d, e, f) = matrix[:2].tolist()
     across = (a * x + c)[None, :] + (b * y)[:, None]
     down = (d * x + f)[None, :] + (e * y)[:, None]
@@ -517,7 +528,7 @@ def prepare_images(images: Tensor) -> Tensor:
     prepared = torch.empty(count, height, width, 3, dtype=torch.uint8, device=images.device)
     # Strip by strip, so that an 8K picture or a long video needs no second copy in float.
     rows = max(1, (1 << 22) // width)
-    for strip, out in zip(images.flatten(0, 1).split(rows), prepared.flatten(0, 1).split(rows)):
+    for strip, out in zip(images.flatten(0, 1).split(rows), prepared.flatten(0, 1).split(rows), strict=True):
         if not torch.isfinite(strip).all():
             raise ValueError("The image holds NaN or infinite values: check the node or file it comes from.")
         out.copy_((strip[..., :3] if channels == 4 else strip).float().mul(255.0).round_().clamp_(0.0, 255.0))

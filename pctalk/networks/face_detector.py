@@ -70,8 +70,8 @@ class FaceDetector(nn.Module):
         fine = self.blocks(x)  # [n, 96, 16, 16]
         coarse = F.relu(self.final_pointwise(self.final_depthwise(F.pad(fine, (0, 1, 0, 1)))))  # [n, 96, 8, 8]
         levels = (fine, coarse)
-        scores = torch.cat([self._per_anchor(head(x), 1) for head, x in zip(self.scores, levels)], dim=1)
-        values = torch.cat([self._per_anchor(head(x), VALUES) for head, x in zip(self.boxes, levels)], dim=1)
+        scores = torch.cat([self._per_anchor(head(x), 1) for head, x in zip(self.scores, levels, strict=True)], dim=1)
+        values = torch.cat([self._per_anchor(head(x), VALUES) for head, x in zip(self.boxes, levels, strict=True)], dim=1)
         points = values.unflatten(2, (VALUES // 2, 2)) / INPUT_SIZE
         offset = torch.ones_like(points[:1, :1, :, :1])
         offset[:, :, 1] = 0.0  # the size is no position

@@ -110,7 +110,7 @@ def load_parameters(network: nn.Module, parameters: list[Tensor]) -> None:
     state = network.state_dict()
     if len(state) != len(parameters):
         raise ValueError(f"{type(network).__name__} has {len(state)} tensors, the file {len(parameters)}: is it another model?")
-    for (key, value), parameter in zip(state.items(), parameters):
+    for (key, value), parameter in zip(state.items(), parameters, strict=True):
         if value.shape != parameter.shape:
             raise ValueError(f"{key} is {list(value.shape)}, the file has {list(parameter.shape)}: is it another model?")
         value.copy_(parameter)
