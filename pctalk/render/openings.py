@@ -1,0 +1,214 @@
+"""The openings of a face, mouth and eyes: two skin layers cut along their edges, and what shows between them.
+
+A face mesh has no holes: warped as one sheet, lips smear teeth and lids smear irises. So the picture is cut along each edge
+of an opening. The upper layer holds everything above the upper edge and moves with it, the lower layer everything below the
+lower edge. Alpha channels travel with the layers, which makes the edges antialiased wherever they move. Between them lies
+what the head carries: the eyeball, or a mouth painted from the portrait (`paint_mouth`).
+
+Positions are crop pixels; `unit` is the face's inter-ocular distance in crop pixels, by which all lengths scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .warp import smoothstep
+
+Look = Callable[[Tensor], Tensor]  # crop positions [..., 2] to the picture's colours there, [..., 3] in 0..255
+
+# Landmarks from one corner to the other, as seen in the image from left to right.
+# fmt: off
+UPPER_LIP = (78, 191, 80, 81, 82, 13, 312, 311, 310, 415, 308)
+LOWER_LIP = (78, 95, 88, 178, 87, 14, 317, 402, 318, 324, 308)
+LEFT_UPPER_LID = (33, 246, 161, 160, 159, 158, 157, 173, 133)
+LEFT_LOWER_LID = (33, 7, 163, 144, 145, 153, 154, 155, 133)
+RIGHT_UPPER_LID = (362, 398, 384, 385, 386, 387, 388, 466, 263)
+RIGHT_LOWER_LID = (362, 382, 381, 380, 374, 373, 390, 249, 263)
+# fmt: on
+
+CLOSED_GAP = 0.05  # units; landmarks of closed lips still lie about 0.04 apart
+SHADOW_DEPTH = 0.13  # units that the upper lip's shadow reaches down into the mouth
+SHADOW = 0.55  # and what it takes of the light at the lip
+ROWS_OF_INTERIOR = 2.0  # painted samples per crop pixel
+
+
+class Outline:
+    """An opening in its own axes: p from corner to corner, q downward, and its two edges as functions of p."""
+
+    def __init__(self, upper: Tensor, lower: Tensor) -> None:
+        """Args: upper, lower [n, 2] float64 from corner to corner, sharing their ends."""
+        left, right = upper[0], upper[-1]
+        along = (right - left) / (right - left).norm()
+        self.origin = (left + right) / 2
+        self.axes = torch.stack([along, torch.stack([-along[1], along[0]])])  # rows: p, q
+        self.upper = _smooth(self.to_axes(upper))
+        self.lower = _smooth(self.to_axes(lower))
+        self.reach = float((right - left).norm()) / 2  # half the width
+
+    def to_axes(self, points: Tensor) -> Tensor:
+        return (points - self.origin.to(points)) @ self.axes.T.to(points)
+
+    def from_axes(self, points: Tensor) -> Tensor:
+        return points @ self.axes.to(points) + self.origin.to(points)
+
+    def edges(self, p: Tensor) -> tuple[Tensor, Tensor]:
+        """q of the upper and of the lower edge; beyond the corners held."""
+        return _interpolate(self.upper, p), _interpolate(self.lower, p)
+
+    def beyond(self, p: Tensor) -> Tensor:
+        """How far a position lies outside the corners."""
+        return (p.abs() - self.reach).clamp(min=0.0)
+
+
+def _smooth(knots: Tensor, samples: int = 12) -> Tensor:
+    """A Catmull-Rom curve through knots [n, 2], as a polyline with increasing p."""
+    ends = torch.cat([2 * knots[:1] - knots[1:2], knots, 2 * knots[-1:] - knots[-2:-1]])
+    t = torch.arange(samples, dtype=knots.dtype)[:, None, None] / samples
+    a, b, c, d = ends[:-3], ends[1:-2], ends[2:-1], ends[3:]
+    curve = 0.5 * (2 * b + (c - a) * t + (2 * a - 5 * b + 4 * c - d) * t**2 + (3 * b - a - 3 * c + d) * t**3)
+    curve = torch.cat([curve.transpose(0, 1).reshape(-1, 2), knots[-1:]])
+    return torch.stack([curve[:, 0].cummax(dim=0).values, curve[:, 1]], dim=1)
+
+
+def _interpolate(curve: Tensor, p: Tensor) -> Tensor:
+    x, y = curve[:, 0].to(p).contiguous(), curve[:, 1].to(p)
+    after = torch.searchsorted(x, p.contiguous()).clamp(1, len(x) - 1)
+    span = (x[after] - x[after - 1]).clamp(min=1e-9)
+    weight = ((p - x[after - 1]) / span).clamp(0.0, 1.0)
+    return torch.lerp(y[after - 1], y[after], weight)
+
+
+def layer_masks(outline: Outline, points: Tensor, unit: float, feather: float, overlap: float) -> tuple[Tensor, Tensor, Tensor]:
+    """What belongs to the upper layer, to the lower one, and where the upper edge throws its shadow, each [...] in 0..1.
+
+    Args: points [..., 2]; feather: half the width of an antialiased edge; overlap: how far the lower layer reaches under the
+    upper edge when the opening is closed. Outside the corners the layers blend, more softly the farther out.
+    """
+    p, q = outline.to_axes(points).unbind(dim=-1)
+    upper_edge, lower_edge = outline.edges(p)
+    beyond = outline.beyond(p)
+    half = feather + 0.4 * beyond
+    upper = (0.5 + (upper_edge - q) / (2 * half)).clamp(0.0, 1.0)
+    lower = (0.5 + (q - lower_edge + overlap) / (2 * feather)).clamp(0.0, 1.0)
+    lower = torch.maximum(lower, smoothstep(beyond / (0.05 * unit)))
+    shadow = (1.0 - ((q - upper_edge) / (SHADOW_DEPTH * unit)).clamp(0.0, 1.0)) ** 2
+    return upper, lower, shadow
+
+
+@dataclass(frozen=True)
+class Interior:
+    """What shows in an open mouth, as textures over a box of the crop: low [2], size [2] in crop pixels.
+
+    head [4, h, w]: colour and alpha of what the skull carries (upper teeth); jaw [4, h, w]: of what the jaw carries
+    (lower teeth, tongue); cavity [3]: the dark behind. Colours 0..255.
+    """
+
+    low: Tensor
+    size: Tensor
+    head: Tensor
+    jaw: Tensor
+    cavity: Tensor
+
+
+def paint_mouth(outline: Outline, look: Look, unit: float, landmarks: Tensor, opened: bool, eyes: Tensor) -> Interior:
+    """Paint the inside of a mouth in the portrait's colours.
+
+    A portrait that shows its teeth keeps them: what lies between its lips becomes the upper row. A closed mouth gets a
+    row of teeth of average size, as white as the portrait's eyes.
+    Args: look reads the portrait; landmarks [468, 2]; opened: whether the portrait's lips are apart; eyes [n, 2]: positions
+    on the eyeballs, for the portrait's white.
+    """
+    low = outline.origin - torch.tensor([outline.reach + 0.35 * unit, 0.55 * unit], dtype=torch.float64)
+    size = torch.tensor([2 * outline.reach + 0.7 * unit, 1.15 * unit], dtype=torch.float64)
+    columns, rows = (size * ROWS_OF_INTERIOR).ceil().long().tolist()
+    x = (torch.arange(columns, dtype=torch.float64) + 0.5) / columns * size[0] + low[0]
+    y = (torch.arange(rows, dtype=torch.float64) + 0.5) / rows * size[1] + low[1]
+    y, x = torch.meshgrid(y, x, indexing="ij")
+    points = torch.stack([x, y], dim=-1)
+    p, q = outline.to_axes(points).unbind(dim=-1)
+    upper_edge, lower_edge = outline.edges(p)
+
+    white, lips = _white(look(eyes)), _lip_colour(look, outline, unit)
+    light = float(white.mean()) / 255.0
+    cavity = torch.tensor([52.0, 18.0, 18.0], dtype=torch.float64) * light
+    middle = torch.zeros((), dtype=torch.float64)
+    rest = float(outline.edges(middle[None])[0])
+
+    tongue = _tongue(p, q, float(outline.edges(middle[None])[1]), unit, 0.62 * lips + 0.2 * cavity)
+    lower_row = _teeth(p, -q, -float(outline.edges(middle[None])[1]) + 0.0 * unit, unit, 0.62 * white, cavity, scale=0.68)
+    jaw = over(lower_row, tongue)
+    if opened:
+        colours = look(points)
+        inside = (torch.minimum(q - upper_edge, lower_edge - q) / 0.7 + 1.2).clamp(0.0, 1.0) * (outline.beyond(p) <= 0)
+        upper_edge_shadow = (1.0 - ((q - upper_edge) / (SHADOW_DEPTH * unit)).clamp(0.0, 1.0)) ** 2
+        # The portrait's own shadow is in its colours; the one drawn over them later must not count twice.
+        head = torch.cat([colours / (1.0 - SHADOW * upper_edge_shadow)[..., None], inside[..., None]], dim=-1)
+    else:
+        head = _teeth(p, q, rest + 0.05 * unit, unit, white, cavity)
+    return Interior(low, size, head.permute(2, 0, 1).float(), jaw.permute(2, 0, 1).float(), cavity.float())
+
+
+def over(front: Tensor, back: Tensor) -> Tensor:
+    """One straight-alpha layer [..., 4] over another."""
+    cover = front[..., 3:] + back[..., 3:] * (1.0 - front[..., 3:])
+    colour = front[..., :3] * front[..., 3:] + back[..., :3] * back[..., 3:] * (1.0 - front[..., 3:])
+    return torch.cat([colour / cover.clamp(min=1e-6), cover], dim=-1)
+
+
+def _white(colours: Tensor) -> Tensor:
+    """The portrait's white, from its eyeballs: the brighter tenth, a little warmer."""
+    brightness = colours.mean(dim=-1).flatten()
+    bright = colours.reshape(-1, 3)[brightness >= brightness.quantile(0.9)].mean(dim=0)
+    level = bright.mean().clamp(110.0, 235.0)
+    tint = (bright / bright.mean()).clamp(0.85, 1.15)
+    return level * tint * torch.tensor([1.03, 1.0, 0.95], dtype=colours.dtype)
+
+
+def _lip_colour(look: Look, outline: Outline, unit: float) -> Tensor:
+    p = torch.linspace(-0.5, 0.5, 21, dtype=torch.float64) * outline.reach
+    below = outline.edges(p)[1] + 0.06 * unit
+    return look(outline.from_axes(torch.stack([p, below], dim=-1))).median(dim=0).values
+
+
+# Half a row of teeth from the middle outward: width, length, and how far the edge stands back, in units; seen from the
+# front, so the outer ones are foreshortened. An inter-ocular distance is about 63 mm.
+TEETH = ((0.130, 0.165, 0.000), (0.103, 0.150, 0.012), (0.098, 0.160, 0.006), (0.075, 0.135, 0.018), (0.060, 0.125, 0.026), (0.050, 0.12, 0.032))
+
+
+def _teeth(p: Tensor, q: Tensor, edge: float, unit: float, white: Tensor, cavity: Tensor, scale: float = 1.0) -> Tensor:
+    """An upper row whose middle teeth end at q = edge: [..., 4]."""
+    x, y = p.abs() / (unit * scale), (edge - q) / (unit * scale)  # y grows from the biting edge towards the gum
+    y = y - 0.10 * x**2
+    pixel = 1.0 / (unit * scale)
+    alpha, tone = torch.zeros_like(x), torch.zeros_like(x)
+    start = 0.0
+    for width, length, back in TEETH:
+        centre, radius = start + width / 2, min(0.035, 0.45 * width)
+        dx = (x - centre).abs() - (width / 2 - radius - 0.003)
+        dy = (y - back - length / 2).abs() - (length / 2 - radius)
+        distance = torch.hypot(dx.clamp(min=0), dy.clamp(min=0)) + torch.maximum(dx, dy).clamp(max=0) - radius
+        body = (0.5 - distance / (1.4 * pixel)).clamp(0.0, 1.0)
+        rim = torch.exp(distance / 0.012).clamp(max=1.0)
+        alpha = torch.maximum(alpha, body)
+        tone = torch.maximum(tone, body * (1.0 - 0.22 * rim) * (0.92 + 0.08 * smoothstep((y - back) / 0.05)))
+        start += width
+    sides = 1.0 - 0.75 * smoothstep((x - 0.12) / 0.42)
+    gap = 0.45 * white * torch.tensor([1.0, 0.8, 0.75], dtype=white.dtype)
+    # Between teeth, not past their edges, is a darker tone of themselves rather than the cavity.
+    between = smoothstep((y - 0.03) / 0.03) * smoothstep((start - x) / 0.05)
+    colour = (white * tone[..., None] + gap * (1.0 - tone[..., None])) * sides[..., None] + cavity * (1.0 - sides[..., None])
+    return torch.cat([colour, torch.maximum(alpha, between)[..., None]], dim=-1)
+
+
+def _tongue(p: Tensor, q: Tensor, rest: float, unit: float, colour: Tensor) -> Tensor:
+    """A soft mound on the floor of the mouth, its top above q = rest, the lower lip's edge."""
+    x, y = p / (0.30 * unit), (q - rest + 0.005 * unit) / (0.10 * unit)
+    mound = 1.0 - torch.hypot(x, y)
+    alpha = 0.9 * smoothstep(mound / 0.6 + 0.1)
+    light = 0.75 + 0.25 * torch.exp(-((x / 0.5) ** 2) - ((y + 0.45) / 0.3) ** 2)
+    return torch.cat([colour * light[..., None], alpha[..., None]], dim=-1)
