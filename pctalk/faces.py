@@ -453,9 +453,21 @@ def soft_mask(size: int = CROP_SIZE, device: torch.device | None = None) -> Tens
 
 def paste_mask(crop: Crop, height: int, width: int) -> Tensor:
     """Where and how strongly `PasteBack` redraws a picture: [H, W] in 0..1."""
-    mask = soft_mask(crop.size, crop.matrix.device)
-    grid = _picture_grid(crop, slice(0, height), slice(0, width))
-    return F.grid_sample(mask[None, None], grid, mode="bilinear", padding_mode="zeros", align_corners=False)[0, 0]
+    rows, columns = _covered(crop, height, width)
+    soft = soft_mask(crop.size, crop.matrix.device)[None, None]
+    mask = soft.new_zeros(height, width)
+    grid = _picture_grid(crop, rows, columns)
+    mask[rows, columns] = F.grid_sample(soft, grid, mode="bilinear", padding_mode="zeros", align_corners=False)[0, 0]
+    return mask
+
+
+def _covered(crop: Crop, height: int, width: int) -> tuple[slice, slice]:
+    """Rows and columns of the picture that hold the crop: none of them when it lies outside."""
+    corners = crop.corners()
+    (left, top), (right, bottom) = corners.amin(dim=0).floor().tolist(), corners.amax(dim=0).ceil().tolist()
+    rows = slice(min(max(int(top), 0), height), min(max(int(bottom), 0), height))
+    columns = slice(min(max(int(left), 0), width), min(max(int(right), 0), width))
+    return rows, columns
 
 
 def _picture_grid(crop: Crop, rows: slice, columns: slice) -> Tensor:
@@ -477,7 +489,7 @@ class PasteBack:
         crop = Crop(crop.matrix.to(source.device), crop.size)
         self.source = source
         self.mask = paste_mask(crop, height, width)
-        self._rows, self._columns = _extent(self.mask.any(dim=1)), _extent(self.mask.any(dim=0))
+        self._rows, self._columns = _covered(crop, height, width)
         self._grid = _picture_grid(crop, self._rows, self._columns)
         self._weight = self.mask[self._rows, self._columns, None]
         self._rest = source[self._rows, self._columns] * (1.0 - self._weight) + 0.5  # the half makes uint8's cut a rounding
@@ -498,12 +510,6 @@ class PasteBack:
             drawn = F.grid_sample(views.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
             out[:, self._rows, self._columns] = torch.addcmul(self._rest, rearrange(drawn, "b c h w -> b h w c"), self._weight)
         return pasted
-
-
-def _extent(used: Tensor) -> slice:
-    """From the first to the last true value of [n]."""
-    places = used.nonzero()
-    return slice(int(places[0]), int(places[-1]) + 1) if len(places) else slice(0, 0)
 
 
 def paste_back(frames: Tensor, source: Tensor, crop: Crop) -> Tensor:
@@ -529,7 +535,7 @@ def prepare_images(images: Tensor) -> Tensor:
     # Strip by strip, so that an 8K picture or a long video needs no second copy in float.
     rows = max(1, (1 << 22) // width)
     for strip, out in zip(images.flatten(0, 1).split(rows), prepared.flatten(0, 1).split(rows), strict=True):
-        if not torch.isfinite(strip).all():
+        if not strip.sum().isfinite() and not strip.isfinite().all():  # the sum alone takes a tenth of the time
             raise ValueError("The image holds NaN or infinite values: check the node or file it comes from.")
         out.copy_((strip[..., :3] if channels == 4 else strip).float().mul(255.0).round_().clamp_(0.0, 255.0))
     return prepared
