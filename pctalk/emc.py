@@ -135,10 +135,9 @@ def emotion_motion(
     Args: features [T, 512]; emotions [E, 8] one-hot; style: the person id. Returns: [E, T, 21, 3] in K space.
     """
     device, frames, window = emotions.device, features.shape[0], predictor.window
-    embedding = predictor.style(torch.full((len(emotions),), style, device=device))
+    decoder = predictor.prepared(predictor.style(torch.full((len(emotions),), style, device=device)))
     cuts = list(windows(frames, window))
-    predicted = []
-    motion = None
+    pieces = []
     for first in range(0, len(cuts), CONDITION_WINDOWS):
         group = cuts[first : first + CONDITION_WINDOWS]
         # The last window may be short: the frames that fill it up are never read, and later frames don't act on earlier.
@@ -147,8 +146,7 @@ def emotion_motion(
         memory = predictor.condition(heard, emotions.repeat_interleave(len(group), dim=0))
         memory = memory.unflatten(0, (len(emotions), len(group)))
         for number, (start, end, warm) in enumerate(group):
-            motion = predictor.decode(memory[:, number, : end - start], embedding, motion[:, -warm:] if warm else None)
-            predicted.append(motion[:, warm:])
+            pieces.append(decoder(memory[:, number, : end - start], pieces[-1][:, -warm:] if warm else None))
             if progress is not None:
                 progress(end, frames)
-    return unflatten_keypoints(torch.cat(predicted, dim=1))
+    return unflatten_keypoints(torch.cat(pieces, dim=1))

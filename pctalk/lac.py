@@ -116,17 +116,19 @@ def lip_offsets(
     """
     device = style.device
     reference = flatten_keypoints(undeformed.to(device))
-    refined = []
-    offsets = None
+    decoder = predictor.prepared(style)
+    pieces = []
     for start, end, warm in windows(features.shape[0], predictor.window):
         heard = features[None, start:end].to(device)
-        offsets = predictor(heard, style, offsets[:, -warm:] if warm else None)
+        memory = predictor.audio_feature_map(heard)
+        offsets = decoder(memory, pieces[-1][:, -warm:] if warm else None)
         if refiner is not None:
-            offsets = refiner(reference[start:end] + offsets, heard) - reference[start:end]
-        refined.append(offsets[0, warm:])
+            still = reference[start + warm : end]
+            offsets = refiner(still + offsets, heard[:, warm:]) - still
+        pieces.append(offsets)
         if progress is not None:
             progress(end, features.shape[0])
-    return unflatten_keypoints(torch.cat(refined))
+    return unflatten_keypoints(torch.cat(pieces, dim=1)[0])
 
 
 def edit_articulation(offsets: Tensor, *, pursing: Gain = 1.0, widening: Gain = 1.0, opening: Gain = 1.0) -> Tensor:

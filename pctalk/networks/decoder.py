@@ -71,21 +71,20 @@ class KeyValues:
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
 
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the keys and values of the next frames; returns those of all frames so far."""
+    def append(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the next frame's [rows, heads, 1, head_dim]; returns the keys and values of all frames so far."""
         if torch.is_grad_enabled():
-            self.keys = keys if self.keys is None else torch.cat([self.keys, keys], dim=2)
-            self.values = values if self.values is None else torch.cat([self.values, values], dim=2)
+            self.keys = key if self.keys is None else torch.cat([self.keys, key], dim=2)
+            self.values = value if self.values is None else torch.cat([self.values, value], dim=2)
             return self.keys, self.values
         if self.keys is None:
-            rows, heads, _, head_dim = keys.shape
-            self.keys = keys.new_empty(rows, heads, self.window, head_dim)
+            rows, heads, _, head_dim = key.shape
+            self.keys = key.new_empty(rows, heads, self.window, head_dim)
             self.values = torch.empty_like(self.keys)
-        end = self.length + keys.shape[2]
-        self.keys[:, :, self.length : end] = keys
-        self.values[:, :, self.length : end] = values
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        self.keys[:, :, self.length : self.length + 1] = key
+        self.values[:, :, self.length : self.length + 1] = value
+        self.length += 1
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
 
 class Attention(nn.Module):
@@ -101,19 +100,13 @@ class Attention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x: Tensor, cache: KeyValues | None = None) -> Tensor:
-        """Causal self-attention of new frames x [rows, n, dim] over themselves and the frames in the cache."""
-        query, key, value = rearrange(
-            F.linear(x, self.in_proj_weight, self.in_proj_bias), "r n (s h d) -> s r h n d", s=3, h=self.heads
-        )
+        """Causal self-attention over a whole sequence x [rows, n, dim], or of one new frame (n = 1) over those in the cache."""
+        projected = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        query, key, value = projected.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [rows, heads, n, head_dim]
         if cache is not None:
             key, value = cache.append(key, value)
-        new, seen = query.shape[2], key.shape[2]
-        scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
-        if new > 1:
-            future = torch.ones(new, seen, dtype=torch.bool, device=x.device).triu(seen - new + 1)
-            scores = scores.masked_fill(future, -math.inf)
-        attended = scores.softmax(dim=-1) @ value
-        return self.out_proj(rearrange(attended, "r h n d -> r n (h d)"))
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=x.shape[1] > 1)
+        return self.out_proj(attended.transpose(1, 2).flatten(2))
 
     def diagonal(self, memory: Tensor) -> Tensor:
         """Attention of every frame to its own memory frame alone, [..., dim] to [..., dim]: out_proj(V(memory))."""
@@ -135,7 +128,7 @@ class DecoderLayer(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, cross: Tensor, cache: KeyValues | None = None) -> Tensor:
-        """Args: x [rows, n, dim] new frames; cross: what they draw from the memory, of the same shape."""
+        """Args: x [rows, n, dim] (see `Attention`); cross: what these frames draw from the memory, of the same shape."""
         x = self.norm1(x + self.self_attn(x, cache))
         x = self.norm2(x + cross)
         return self.norm3(x + self.linear2(F.relu(self.linear1(x))))
@@ -157,7 +150,7 @@ class Decoder(nn.Module):
         return [KeyValues(window) for _ in self.layers]
 
     def forward(self, tokens: Tensor, cross: list[Tensor], caches: list[KeyValues] | None = None) -> Tensor:
-        """Args: tokens [rows, n, dim], new frames after those in the caches (none: the sequence starts here); cross:
+        """Args: tokens [rows, n, dim], a whole sequence, or with caches the one frame (n = 1) after those in them; cross:
         per layer [rows, n, dim], the same frames. Returns: [rows, n, dim]."""
         for index, layer in enumerate(self.layers):
             tokens = layer(tokens, cross[index], caches[index] if caches else None)
@@ -188,32 +181,9 @@ class MotionDecoder(nn.Module):
         embedding = self.obj_vector.weight.t()[ids]
         return embedding if self.obj_vector.bias is None else embedding + self.obj_vector.bias
 
-    def decode(self, memory: Tensor, style: Tensor, warm: Tensor | None = None) -> Tensor:
-        """Predict a window frame by frame from its own predictions.
-
-        Args: memory [rows, n, dim], n <= window; style [rows, dim]; warm [rows, w, outputs], the last predictions of the
-        window before, w < n, fed as the first predictions of this one.
-        Returns: [rows, n, outputs]; the first w frames are the window's own view of the warm frames.
-        """
-        frames = memory.shape[1]
-        self._check(frames)
-        cross = self.transformer_decoder.cross(memory)
-        caches = self.transformer_decoder.caches(frames)
-        token = style[:, None]
-        if warm is not None:
-            token = torch.cat([token, self.vertice_map(warm) + style[:, None]], dim=1)
-        outputs = []
-        start = 0
-        while True:
-            end = start + token.shape[1]
-            hidden = self.transformer_decoder(
-                token + self.PPE(start, end - start), [term[:, start:end] for term in cross], caches
-            )
-            outputs.append(self.vertice_map_r(hidden))
-            if end == frames:
-                return torch.cat(outputs, dim=1)
-            token = self.vertice_map(outputs[-1][:, -1:]) + style[:, None]
-            start = end
+    def prepared(self, style: Tensor) -> PreparedDecoder:
+        """The network ready to decode windows in these styles [rows, dim], one per sequence."""
+        return PreparedDecoder(self, style)
 
     def decode_teacher(self, memory: Tensor, previous: Tensor, style: Tensor) -> Tensor:
         """Predict every frame of a window at once from the true frames before it (teacher forcing, for training).
@@ -223,10 +193,88 @@ class MotionDecoder(nn.Module):
         Returns: [rows, n, outputs].
         """
         frames = memory.shape[1]
-        self._check(frames)
+        self.check_window(frames)
         tokens = F.pad(self.vertice_map(previous[:, :-1]), (0, 0, 1, 0)) + style[:, None] + self.PPE(0, frames)
         return self.vertice_map_r(self.transformer_decoder(tokens, self.transformer_decoder.cross(memory)))
 
-    def _check(self, frames: int) -> None:
+    def check_window(self, frames: int) -> None:
+        """Raises ValueError when a window is empty or longer than the network was trained for."""
         if not 0 < frames <= self.window:
             raise ValueError(f"A window of {frames} frames was given, expected 1 to {self.window}: split longer sequences.")
+
+
+class PreparedDecoder:
+    """A MotionDecoder made ready to decode, frame by frame, with everything computed that no prediction changes.
+
+    Only the previous output D (18 or 63 numbers) is new at a step, and up to the softmax all is affine in it: the token
+    x_i = M D + c_i, its query, its key, and, as attention is a weighted sum, each head's value already brought through
+    the output projection. These maps of D and their constants for every position are composed once. Without gradients.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, network: MotionDecoder, style: Tensor) -> None:
+        self.network = network
+        self.layer = network.transformer_decoder.layers[0]
+        attention = self.layer.self_attn
+        self.heads = attention.heads
+        dim, head_dim = style.shape[1], style.shape[1] // self.heads
+        query, key, value = attention.in_proj_weight.unflatten(0, (3, dim))
+        query_bias, key_bias, value_bias = attention.in_proj_bias.unflatten(0, (3, dim))
+        scale = head_dim**-0.5
+        out = attention.out_proj.weight.unflatten(1, (self.heads, head_dim)).transpose(0, 1)  # [heads, dim, head_dim]
+        value = (out @ value.unflatten(0, (self.heads, head_dim))).flatten(0, 1)  # [heads dim, dim]
+        value_bias = (out @ value_bias.unflatten(0, (self.heads, head_dim, 1))).flatten()
+        maps = torch.cat([torch.eye(dim, device=style.device), query * scale, key, value])
+        bias = torch.cat([attention.out_proj.bias, query_bias * scale, key_bias, value_bias])
+        self.sizes = (dim, dim, dim, self.heads * dim)
+
+        constant = style + network.PPE(0, network.window)[:, None]  # [window, rows, dim]
+        constant[1:] += network.vertice_map.bias
+        self.constants = F.linear(constant, maps, bias)  # [window, rows, (3 + heads) dim]
+        self.weight = (maps @ network.vertice_map.weight).t().contiguous()  # [outputs, (3 + heads) dim]
+
+    def __call__(self, memory: Tensor, warm: Tensor | None = None) -> Tensor:
+        """Predict a window frame by frame from its own predictions.
+
+        Args: memory [rows, n, dim], n <= window; warm [rows, w, outputs], w < n: the last predictions of the window before,
+        which are the first w frames of this one.
+        Returns: [rows, n - w, outputs], the frames after those.
+        """
+        self.network.check_window(memory.shape[1])
+        with torch.inference_mode():
+            outputs = self._decode(memory, warm)
+        return outputs.clone()  # outside inference mode, so that it may take part in training
+
+    def _decode(self, memory: Tensor, warm: Tensor | None) -> Tensor:
+        rows, frames, dim = memory.shape
+        heads, layer, network = self.heads, self.layer, self.network
+        cross = layer.multihead_attn.diagonal(memory.transpose(0, 1))  # [n, rows, dim]
+        keys = memory.new_empty(rows, heads, frames, dim // heads)
+        values = memory.new_empty(rows, frames, heads, dim)
+
+        # The tokens known beforehand: the style alone, then the warm frames.
+        known = 1 if warm is None else 1 + warm.shape[1]
+        tokens = self.constants[:known].clone()
+        if warm is not None:
+            tokens[1:] += warm.transpose(0, 1) @ self.weight
+        _, _, key, value = tokens.split(self.sizes, dim=-1)
+        keys[:, :, :known] = key.unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
+        values[:, :known] = value.unflatten(-1, (heads, dim)).transpose(0, 1)
+        token = tokens[-1]
+
+        outputs = []
+        for frame in range(known - 1, frames):
+            if outputs:
+                token = torch.addmm(self.constants[frame], outputs[-1], self.weight)
+                _, _, key, value = token.split(self.sizes, dim=-1)
+                keys[:, :, frame] = key.view(rows, heads, -1)
+                values[:, frame] = value.view(rows, heads, dim)
+            x, query, _, _ = token.split(self.sizes, dim=-1)
+            seen = frame + 1
+            scores = keys[:, :, :seen] @ query.view(rows, heads, -1, 1)  # [rows, heads, seen, 1]
+            share = scores.softmax(dim=2).transpose(1, 2).reshape(rows, 1, seen * heads)
+            x = layer.norm1(x + (share @ values[:, :seen].view(rows, seen * heads, dim))[:, 0])
+            x = layer.norm2(x + cross[frame])
+            x = layer.norm3(x + layer.linear2(F.relu(layer.linear1(x))))
+            outputs.append(network.vertice_map_r(x))
+        return torch.stack(outputs, dim=1)

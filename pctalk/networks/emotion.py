@@ -61,9 +61,13 @@ class EmotionPredictor(MotionDecoder):
         return self.audio_emo_former(features, emotion)
 
     def forward(self, features: Tensor, emotion: Tensor, style: Tensor, warm: Tensor | None = None) -> Tensor:
-        """Args: features [1 or rows, n, 512], n <= window; emotion [rows, 8] one-hot; style [rows, dim]; warm [rows, w, 63],
-        w < n (see `decode`). Returns: CPred [rows, n, 63] in K space, flattened as `flatten_keypoints` does."""
-        return self.decode(self.condition(features, emotion), style, warm)
+        """Decode one window (for several with one style, keep what `prepared` returns).
+
+        Args: features [1 or rows, n, 512], n <= window; emotion [rows, 8] one-hot; style [rows, dim]; warm [rows, w, 63],
+        w < n (see `PreparedDecoder`).
+        Returns: CPred [rows, n - w, 63] in K space, flattened as `flatten_keypoints` does.
+        """
+        return self.prepared(style)(self.condition(features, emotion), warm)
 
     def forward_teacher(self, features: Tensor, emotion: Tensor, previous: Tensor, style: Tensor) -> Tensor:
         """The same with true previous frames [rows, n, 63] (see `decode_teacher`), for training.

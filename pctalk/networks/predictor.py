@@ -17,9 +17,12 @@ class LipPredictor(MotionDecoder):
         super().__init__(LIP_VALUES, styles, False, dim, ff_dim, window, heads)
 
     def forward(self, features: Tensor, style: Tensor, warm: Tensor | None = None) -> Tensor:
-        """Args: features [rows, n, 512], n <= window; style [rows, dim]; warm [rows, w, 18], w < n (see `decode`).
-        Returns: D_l [rows, n, 18] in K space, flattened as `flatten_keypoints` does."""
-        return self.decode(self.audio_feature_map(features), style, warm)
+        """Decode one window (for several with one style, keep what `prepared` returns).
+
+        Args: features [rows, n, 512], n <= window; style [rows, dim]; warm [rows, w, 18], w < n (see `PreparedDecoder`).
+        Returns: D_l [rows, n - w, 18] in K space, flattened as `flatten_keypoints` does.
+        """
+        return self.prepared(style)(self.audio_feature_map(features), warm)
 
     def forward_teacher(self, features: Tensor, previous: Tensor, style: Tensor) -> Tensor:
         """The same with true previous frames [rows, n, 18], all frames at once (see `decode_teacher`)."""
