@@ -22,13 +22,13 @@ FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, 1 when a check failed, 2 for bad input (said on stderr), 130 interrupted."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as for Ctrl-C
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        if arguments[:1] == ["train"]:
-            return _train(arguments[1:])
-        options = _parser().parse_args(arguments)
-        return options.run(options)
+        with _termination_as_interrupt():
+            if arguments[:1] == ["train"]:
+                return _train(arguments[1:])
+            options = _parser().parse_args(arguments)
+            return options.run(options)
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
         return INTERRUPTED
@@ -38,6 +38,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"pctalk: {error}", file=sys.stderr)
         return BAD_INPUT
+
+
+@contextmanager
+def _termination_as_interrupt():
+    """Lets a request to terminate clean up as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Parser(argparse.ArgumentParser):
