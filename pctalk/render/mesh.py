@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..faces import Crop, Face, FaceFinder, crop_image, crop_of, paste_mask, prepare_images, select_face, soft_mask
-from ..keypoints import EYES, LIPS, NUM_KEYPOINTS, Keypoints, euler_angles, hold, rotation_matrix
+from ..keypoints import LIPS, NUM_KEYPOINTS, Keypoints, euler_angles, hold, rotation_matrix
 from . import Chunk, Portrait, openings
-from .openings import Interior, Outline
+from .openings import Outline
 from .warp import Lattice, pull_back, refine, smoothstep, spline_weights
 
 ASSET = Path(__file__).parents[1] / "assets" / "mesh_basis.safetensors"
@@ -118,6 +118,10 @@ def with_depth(landmarks: Tensor, basis: Basis) -> Tensor:
     return torch.cat([landmarks[:, :2], depth[:, None].to(landmarks)], dim=1)
 
 
+# How much of what sets a face apart from the mean face is read as expression; the rest is how the person looks.
+EXPRESSIVE = 0.6
+
+
 def read_expression(landmarks: Tensor, fit: HeadFit, basis: Basis) -> Tensor:
     """Expression of landmarks [468, 3] in crop pixels: [21, 3].
 
@@ -127,7 +131,7 @@ def read_expression(landmarks: Tensor, fit: HeadFit, basis: Basis) -> Tensor:
     aligned = (landmarks.double() - fit.origin) @ fit.rotation.T / fit.unit
     displacement = (aligned - basis.neutral)[:, :2].reshape(-1)
     change = displacement @ basis.inverse_xy.double().reshape(-1, 63)
-    change = torch.minimum(torch.maximum(change, -3.0 * basis.exp_std), 3.0 * basis.exp_std)
+    change = EXPRESSIVE * torch.minimum(torch.maximum(change, -3.0 * basis.exp_std), 3.0 * basis.exp_std)
     lips = torch.zeros(NUM_KEYPOINTS, 3, dtype=torch.float64)
     lips[list(LIPS)] = 1.0
     lips = lips.reshape(63)
@@ -483,14 +487,16 @@ class Opening:
     lower: Field
     blend: Tensor  # [1, 1, r, c]: how much of the layers' own fields, how much of the face's
     coarse: Tensor  # [1, r, c, 2] where the nodes lie in the face's lattice
-    turning: Turning
+    turning: Turning | None
     upper_texture: Tensor  # colour, alpha, shadow
     lower_texture: Tensor  # colour, alpha
     pixels: Tensor  # [h * w, 2] crop positions of the patch, relative to `centre`
     centre: Tensor  # [3] relative to the pivot
     pairs: Tensor  # [n, 2] landmarks whose gap stretches the eye
     gap: Tensor
-    interior: Interior | None
+    head_texture: Tensor | None
+    jaw_texture: Tensor | None
+    cavity: Tensor | None
 
 
 class Scene:
@@ -506,7 +512,7 @@ class Scene:
         pivot = fit.unit * (_neutral_anchor(basis) - _canonical_anchor(basis) / float(basis.lp_units_per_iod)) @ fit.rotation
         self.pivot = pivot + fit.origin
         self.half = half
-        points, self.opened = _with_closed_lips(points, fit.unit)
+        points, self.opened = _with_lip_edges(points, fit.unit, canvas.look)
         self.points = points
         self._prepare_motion(basis, expression)
 
@@ -568,15 +574,16 @@ class Scene:
 
     def _outside(self, points: Tensor, oval: Tensor) -> tuple[Tensor, Tensor]:
         """Distance to the face's outline, 0 inside [n]; and how much a point lies below rather than beside it, 0..1 [n]."""
-        start, end = oval, oval.roll(-1, dims=0)
-        along = end - start
-        relative = points[:, None] - start
-        t = ((relative * along).sum(-1) / (along * along).sum(-1)).clamp(0.0, 1.0)
-        away = (relative - t[..., None] * along).norm(dim=-1)
-        crosses = (start[:, 1] > points[:, 1:]) != (end[:, 1] > points[:, 1:])
-        x = start[:, 0] + (points[:, 1:] - start[:, 1]) / torch.where(along[:, 1] == 0, 1e-9, along[:, 1]) * along[:, 0]
-        inside = ((crosses & (points[:, :1] < x)).sum(dim=1) % 2) == 1
-        distance = torch.where(inside, 0.0, away.amin(dim=1))
+        x, y = (column[:, None] for column in points.unbind(dim=1))  # [n, 1] against the outline's 36 segments
+        x0, y0 = oval.unbind(dim=1)
+        x1, y1 = oval.roll(-1, dims=0).unbind(dim=1)
+        dx, dy = x1 - x0, y1 - y0
+        t = (((x - x0) * dx + (y - y0) * dy) / (dx * dx + dy * dy)).clamp_(0.0, 1.0)
+        away = ((x0 + t * dx - x).square_() + (y0 + t * dy - y).square_()).amin(dim=1).sqrt()
+        crosses = (y0 > y) != (y1 > y)
+        right = x < x0 + (y - y0) * (dx / torch.where(dy == 0, 1e-9, dy))
+        inside = ((crosses & right).sum(dim=1) % 2) == 1
+        distance = torch.where(inside, 0.0, away)
         centre = oval.mean(dim=0)
         direction = (points - centre) / (points - centre).norm(dim=1, keepdim=True).clamp(min=1e-6)
         return distance, smoothstep((direction[:, 1] - 0.35) / 0.5)
@@ -594,14 +601,16 @@ class Scene:
         On a stretched lip rows of the mesh fall together; a spline through all of them would crease the skin.
         """
         points = self.points[list(landmarks), :2]
-        close = torch.cdist(points, points) < distance
+        close = (torch.cdist(points, points) < distance).tolist()
         kept: list[int] = []
-        for row in range(len(points)):
-            if not close[row, kept].any():
+        for row, near in enumerate(close):
+            if not any(near[other] for other in kept):
                 kept.append(row)
         return [landmarks[row] for row in kept]
 
-    def _turning(self, nodes: Tensor, oval: Tensor) -> Turning:
+    def _turning(self, nodes: Tensor, oval: Tensor) -> Turning | None:
+        if not self.turns:
+            return None
         distance, _ = self._outside(nodes, oval)
         depth = spline_weights(self.points[:, :2], nodes, smoothing=1e-2) @ self.points[:, 2]
         fade = smoothstep(distance / (0.8 * self.unit))
@@ -649,12 +658,12 @@ class Scene:
         """Expression changes [b, 63] to displacements of the landmarks [b, 468, 2] in crop pixels."""
         moved = (change @ self.basis_xy).reshape(-1, NUM_LANDMARKS, 2)
         moved = soft_limit(moved, 0.45 * self.unit, 0.65 * self.unit)
-        moved = self._close(moved, "lids", 0.75, torch.ones(len(moved), 1, device=moved.device), 0.0)
-        if self.opening > 0:
-            kept = ((self.opening + change @ self.lip_gap) / self.opening).clamp(0.0, 1.0)[:, None]
-        else:
-            kept = torch.ones(len(moved), 1, device=moved.device)
-        return self._close(moved, "lips", 0.5, kept, 1.0 if self.opening > 0 else 0.0)
+        kept = torch.ones(len(moved), 1, device=moved.device)
+        moved = self._close(moved, "lids", 0.75, kept, PRESSED * self.unit)
+        if self.opening == 0:
+            return self._close(moved, "lips", 0.5, kept, 0.0)
+        kept = ((self.opening + change @ self.lip_gap) / self.opening).clamp(0.0, 1.0)[:, None]
+        return self._close(moved, "lips", 0.5, kept, PRESSED * self.unit)
 
     def _close(self, moved: Tensor, name: str, upper_share: float, kept: Tensor, press: float) -> Tensor:
         """Keep edges from crossing, and let a gap end at zero where the expression's does.
@@ -664,7 +673,7 @@ class Scene:
         upper, lower = self.pairs[name].unbind(dim=1)
         gap = self.gaps[name]
         now = gap + moved[:, lower, 1] - moved[:, upper, 1]
-        least = gap.clamp(max=0.0)  # edges that already cross may stay so
+        least = gap.clamp(max=-press)  # edges that already cross more may stay so
         wanted = kept * torch.maximum(now, least) + (1.0 - kept) * (kept * gap - press)
         missing = wanted - now
         pull = torch.cat([-upper_share * missing, (1.0 - upper_share) * missing], dim=1)
@@ -686,7 +695,6 @@ class Scene:
         balls = torch.cat([self.points[list(ring[1:-1]), :2] for ring in (openings.LEFT_LOWER_LID, openings.RIGHT_LOWER_LID)])
         tops = torch.cat([self.points[list(ring[1:-1]), :2] for ring in (openings.LEFT_UPPER_LID, openings.RIGHT_UPPER_LID)])
         whites = torch.cat([torch.lerp(balls, tops, w) for w in (0.3, 0.5, 0.7)])
-        interior = openings.paint_mouth(outline, self.canvas.look, self.unit, self.points[:, :2], self.opened, whites)
         lips = basis.region_lips.tolist()
         middle = outline.to_axes(self.points[:, :2])
         edges = outline.edges(middle[:, 0])
@@ -697,7 +705,7 @@ class Scene:
         upper_half = (upper_half | set(openings.UPPER_LIP)) - set(openings.LOWER_LIP[1:-1])
         lower_half = (lower_half | set(openings.LOWER_LIP)) - set(openings.UPPER_LIP[1:-1])
         fields = (lower_half - corners, upper_half - corners)
-        return [*eyes, self._opening(openings.UPPER_LIP, openings.LOWER_LIP, MOUTH_STEP, fields, oval, interior)]
+        return [*eyes, self._opening(openings.UPPER_LIP, openings.LOWER_LIP, MOUTH_STEP, fields, oval, whites)]
 
     def _eye_fields(self, upper: tuple[int, ...], lower: tuple[int, ...]) -> tuple[set[int], set[int]]:
         """Landmarks that the upper layer does without, and those that the lower one does without."""
@@ -709,11 +717,16 @@ class Scene:
         above = near & (axes[:, 1] < (edges[0] + edges[1]) / 2) & (edges[0] - axes[:, 1] < 0.06 * self.unit)
         below = set(torch.nonzero(under).flatten().tolist()) | set(lower[1:-1])
         over = set(torch.nonzero(above).flatten().tolist()) | set(upper[1:-1])
+        # The row of the mesh next to each edge lies in the lashes, which move with the edge.
+        next_above = near & (axes[:, 1] < edges[0]) & (edges[0] - axes[:, 1] < 2.0 * LASHES * self.unit)
+        next_below = near & (axes[:, 1] > edges[1]) & (axes[:, 1] - edges[1] < 1.5 * LASHES * self.unit)
+        below |= set(torch.nonzero(next_above).flatten().tolist()) - set(upper)
+        over |= set(torch.nonzero(next_below).flatten().tolist()) - set(lower)
         return below - set(upper), over - set(lower)
 
-    def _opening(self, upper, lower, step: float, without, oval: Tensor, interior: Interior | None) -> Opening:
+    def _opening(self, upper, lower, step: float, without, oval: Tensor, whites: Tensor | None) -> Opening:
         outline = Outline(self.points[list(upper), :2], self.points[list(lower), :2])
-        unit, mouth = self.unit, interior is not None
+        unit, mouth = self.unit, whites is not None
         # Where the layers' own fields hold, and where they have turned into the face's.
         inner = torch.tensor([outline.reach + 0.05 * unit, (0.28 if mouth else 0.16) * unit], dtype=torch.float64)
         outer = inner + torch.tensor([0.22, 0.2], dtype=torch.float64) * unit
@@ -738,7 +751,14 @@ class Scene:
             others = torch.nonzero(near).flatten().tolist()
             controls = [i for i in dict.fromkeys(edges + others) if i not in left_out]
             controls = self._thinned(controls, (0.035 if mouth else 0.02) * unit)
-            weights = spline_weights(self.points[controls, :2], nodes) * (window * blend)[:, None]
+            positions = self.points[controls, :2]
+            if not mouth:
+                # Lashes and the lid's rim keep their shape: what lies just outside the edge moves as the edge does.
+                rim = [i for i in (upper if left_out is without[0] else lower)[1:-1] if i in controls]
+                outward = -LASHES if left_out is without[0] else LASHES
+                controls = controls + rim
+                positions = torch.cat([positions, self.points[rim, :2] + outward * unit * outline.axes[1]])
+            weights = spline_weights(positions, nodes) * (window * blend)[:, None]
             fields.append(Field(lattice, weights.float().to(self.device), torch.tensor(controls, device=self.device)))
         patch = Patch.covering(self.canvas, low, high, step, 0.3 * unit, self.device)
         feather = max(FEATHER, 0.6 / self.canvas.density)
@@ -753,10 +773,12 @@ class Scene:
         pairs = torch.tensor([[u, d] for u, d in zip(upper[1:-1], lower[1:-1])], device=self.device)
         gap = (self.points[list(lower[1:-1]), 1] - self.points[list(upper[1:-1]), 1]).mean().float()
         pixels = patch.centres(self.canvas).reshape(-1, 2) - middle
-        if interior is not None:
-            interior = Interior(
-                *(t.to(self.device) for t in (interior.low - middle, interior.size, interior.head, interior.jaw, interior.cavity))
-            )
+        head_texture = jaw_texture = cavity = None
+        if whites is not None:
+            white, lips = openings.white_of(self.canvas.look(whites)), openings.lip_colour(self.canvas.look, outline, unit)
+            own = colour.permute(1, 2, 0).cpu().double() if self.opened else None
+            interior = openings.paint_mouth(outline, patch.positions, unit, feather, white, lips, own)
+            head_texture, jaw_texture, cavity = (part.float().to(self.device) for part in interior)
         return Opening(
             patch=patch,
             upper=fields[0],
@@ -770,7 +792,9 @@ class Scene:
             centre=centre3.float().to(self.device),
             pairs=pairs,
             gap=gap.to(self.device),
-            interior=interior,
+            head_texture=head_texture,
+            jaw_texture=jaw_texture,
+            cavity=cavity,
         )
 
     # Drawing
@@ -813,16 +837,16 @@ class Scene:
             offset = pull_back(forward, field.lattice, patch.nodes)
             layers.append(look_up(texture, patch.spread(offset)))
         upper, lower = layers
-        if opening.interior is None:
+        if opening.cavity is None:
             inside = self._eyeball(opening, displacement, turn, shift)
         else:
-            inside = self._mouth(opening, opening.interior, displacement, turn, shift)
+            inside = self._mouth(opening, displacement, turn, shift)
             inside = inside * (1.0 - openings.SHADOW * upper[:, 4:5])
         behind = torch.lerp(inside, lower[:, :3], lower[:, 3:4])
         return torch.lerp(behind, upper[:, :3], upper[:, 3:4])
 
     def _carried(self, opening: Opening, turn: Tensor, shift: Tensor, extra: Tensor | None = None, stretch: Tensor | None = None) -> Tensor:
-        """Where the pixels of an opening lie on what the head carries there: [b, h * w, 2], relative to its middle.
+        """A sampling grid of what the head carries behind an opening: [b, h, w, 2].
 
         extra [b, 2]: its own displacement; stretch [b]: its own vertical stretch.
         """
@@ -831,44 +855,45 @@ class Scene:
         if extra is not None:
             moved = moved + extra
         if stretch is not None:
-            linear = linear.clone()
-            linear[:, 1] = linear[:, 1] * stretch[:, None]
-        inverse = torch.linalg.inv(linear)
-        return (opening.pixels - moved[:, None]) @ inverse
+            linear = torch.stack([linear[..., 0], linear[..., 1] * stretch[:, None]], dim=-1)
+        back = torch.linalg.inv(linear)
+        offset = opening.pixels @ (back - torch.eye(2, device=turn.device)) - moved[:, None] @ back
+        patch = opening.patch
+        return (offset @ patch.to_grid).reshape(-1, patch.height, patch.width, 2) + patch.base
 
     def _eyeball(self, opening: Opening, displacement: Tensor, turn: Tensor, shift: Tensor) -> Tensor:
         upper, lower = opening.pairs.unbind(dim=1)
         gap = (displacement[:, lower, 1] - displacement[:, upper, 1]).mean(dim=1)
-        stretch = 1.0 + soft_limit((gap / opening.gap.clamp(min=1.0)).clamp(min=0.0)[:, None], 0.15, 0.3)[:, 0]
-        patch = opening.patch
-        offset = self._carried(opening, turn, shift, stretch=stretch) - opening.pixels
-        grid = (offset @ patch.to_grid).reshape(-1, patch.height, patch.width, 2) + patch.base
-        return look_up(patch.texture, grid)
+        stretch = 1.0 + soft_limit((gap / opening.gap.clamp(min=1.0)).clamp(min=0.0)[:, None], 0.2, 0.4)[:, 0]
+        return look_up(opening.patch.texture, self._carried(opening, turn, shift, stretch=stretch))
 
-    def _mouth(self, opening: Opening, interior: Interior, displacement: Tensor, turn: Tensor, shift: Tensor) -> Tensor:
-        patch = opening.patch
-        jaw_moves = displacement[:, LOWER_LIP_BODY].mean(dim=1)
-        colours = interior.cavity[None, :, None, None]
-        for texture, extra in ((interior.jaw, jaw_moves), (interior.head, None)):
-            places = self._carried(opening, turn, shift, extra)
-            grid = ((places - interior.low) / interior.size * 2.0 - 1.0).float().reshape(-1, patch.height, patch.width, 2)
-            layer = F.grid_sample(
-                texture[None].expand(len(grid), -1, -1, -1), grid, padding_mode="border", align_corners=False
-            )
-            colours = torch.lerp(colours, layer[:, :3], layer[:, 3:])
-        return colours
+    def _mouth(self, opening: Opening, displacement: Tensor, turn: Tensor, shift: Tensor) -> Tensor:
+        jaw = look_up(opening.jaw_texture, self._carried(opening, turn, shift, displacement[:, LOWER_LIP_BODY].mean(dim=1)))
+        head = look_up(opening.head_texture, self._carried(opening, turn, shift))
+        behind = torch.lerp(opening.cavity[None, :, None, None], jaw[:, :3], jaw[:, 3:])
+        return torch.lerp(behind, head[:, :3], head[:, 3:])
 
 
+PRESSED = 0.025  # inter-ocular distances that closed edges overlap, so that nothing shines through
+LASHES = 0.05  # inter-ocular distances beside a lid's edge that move with it
 SIDE_FALLOFF, CHIN_FALLOFF = 0.40, 0.60  # inter-ocular distances outside the face at which expression has died away
 
 
-def _with_closed_lips(points: Tensor, unit: float) -> tuple[Tensor, bool]:
-    """Landmarks of lips that touch brought onto one line; and whether they are open."""
-    if lip_opening(points, unit) > 0:
-        return points, True
+def _with_lip_edges(points: Tensor, unit: float, look: openings.Look) -> tuple[Tensor, bool]:
+    """Landmarks [468, 3] with the inner lips where the picture has them, and whether they are apart.
+
+    Lips that touch are brought onto one line; the lower edge of an open mouth is moved to where its teeth end.
+    """
     points = points.clone()
     upper, lower = list(openings.UPPER_LIP), list(openings.LOWER_LIP)
-    middle = (points[upper] + points[lower]) / 2
-    points[upper] = middle
-    points[lower] = middle
-    return points, False
+    if lip_opening(points, unit) == 0:
+        middle = (points[upper] + points[lower]) / 2
+        points[upper] = middle
+        points[lower] = middle
+        return points, False
+    outline = Outline(points[upper, :2], points[lower, :2])
+    inner = lower[1:-1]
+    axes = outline.to_axes(points[inner, :2])
+    axes[:, 1] += openings.snap_lower_lip(outline, look, unit)(axes[:, 0])
+    points[inner, :2] = outline.from_axes(axes)
+    return points, True

@@ -11,10 +11,8 @@ Positions are crop pixels; `unit` is the face's inter-ocular distance in crop pi
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .warp import smoothstep
@@ -32,9 +30,8 @@ RIGHT_LOWER_LID = (362, 382, 381, 380, 374, 373, 390, 249, 263)
 # fmt: on
 
 CLOSED_GAP = 0.05  # units; landmarks of closed lips still lie about 0.04 apart
-SHADOW_DEPTH = 0.13  # units that the upper lip's shadow reaches down into the mouth
-SHADOW = 0.55  # and what it takes of the light at the lip
-ROWS_OF_INTERIOR = 2.0  # painted samples per crop pixel
+SHADOW_DEPTH = 0.10  # units that the upper lip's shadow reaches down into the mouth
+SHADOW = 0.4  # and what it takes of the light at the lip
 
 
 class Outline:
@@ -96,61 +93,42 @@ def layer_masks(outline: Outline, points: Tensor, unit: float, feather: float, o
     upper = (0.5 + (upper_edge - q) / (2 * half)).clamp(0.0, 1.0)
     lower = (0.5 + (q - lower_edge + overlap) / (2 * feather)).clamp(0.0, 1.0)
     lower = torch.maximum(lower, smoothstep(beyond / (0.05 * unit)))
-    shadow = (1.0 - ((q - upper_edge) / (SHADOW_DEPTH * unit)).clamp(0.0, 1.0)) ** 2
-    return upper, lower, shadow
+    return upper, lower, shadow_under(q - upper_edge, unit)
 
 
-@dataclass(frozen=True)
-class Interior:
-    """What shows in an open mouth, as textures over a box of the crop: low [2], size [2] in crop pixels.
+def paint_mouth(
+    outline: Outline, points: Tensor, unit: float, feather: float, white: Tensor, lips: Tensor, own: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The inside of a mouth in the portrait's colours, as textures in the portrait's own place.
 
-    head [4, h, w]: colour and alpha of what the skull carries (upper teeth); jaw [4, h, w]: of what the jaw carries
-    (lower teeth, tongue); cavity [3]: the dark behind. Colours 0..255.
+    A portrait that shows its teeth keeps them: what lies between its lips becomes the upper row. A closed mouth gets a row
+    of teeth of average size, as white as the portrait's eyes.
+    Args: points [h, w, 2] positions of the texture's pixels; feather as in `layer_masks`; white, lips [3] colours 0..255; own [h, w, 3] the portrait's
+    colours at `points` when its lips are apart.
+    Returns: head [1, 4, h, w], colour and alpha of what the skull carries (upper teeth); jaw [1, 4, h, w], of what the jaw
+    carries (lower teeth, tongue); cavity [3], the dark behind.
     """
-
-    low: Tensor
-    size: Tensor
-    head: Tensor
-    jaw: Tensor
-    cavity: Tensor
-
-
-def paint_mouth(outline: Outline, look: Look, unit: float, landmarks: Tensor, opened: bool, eyes: Tensor) -> Interior:
-    """Paint the inside of a mouth in the portrait's colours.
-
-    A portrait that shows its teeth keeps them: what lies between its lips becomes the upper row. A closed mouth gets a
-    row of teeth of average size, as white as the portrait's eyes.
-    Args: look reads the portrait; landmarks [468, 2]; opened: whether the portrait's lips are apart; eyes [n, 2]: positions
-    on the eyeballs, for the portrait's white.
-    """
-    low = outline.origin - torch.tensor([outline.reach + 0.35 * unit, 0.55 * unit], dtype=torch.float64)
-    size = torch.tensor([2 * outline.reach + 0.7 * unit, 1.15 * unit], dtype=torch.float64)
-    columns, rows = (size * ROWS_OF_INTERIOR).ceil().long().tolist()
-    x = (torch.arange(columns, dtype=torch.float64) + 0.5) / columns * size[0] + low[0]
-    y = (torch.arange(rows, dtype=torch.float64) + 0.5) / rows * size[1] + low[1]
-    y, x = torch.meshgrid(y, x, indexing="ij")
-    points = torch.stack([x, y], dim=-1)
     p, q = outline.to_axes(points).unbind(dim=-1)
     upper_edge, lower_edge = outline.edges(p)
-
-    white, lips = _white(look(eyes)), _lip_colour(look, outline, unit)
-    light = float(white.mean()) / 255.0
-    cavity = torch.tensor([52.0, 18.0, 18.0], dtype=torch.float64) * light
-    middle = torch.zeros((), dtype=torch.float64)
-    rest = float(outline.edges(middle[None])[0])
-
-    tongue = _tongue(p, q, float(outline.edges(middle[None])[1]), unit, 0.62 * lips + 0.2 * cavity)
-    lower_row = _teeth(p, -q, -float(outline.edges(middle[None])[1]) + 0.0 * unit, unit, 0.62 * white, cavity, scale=0.68)
+    top, bottom = (float(edge) for edge in outline.edges(torch.zeros((), dtype=torch.float64)))
+    cavity = torch.tensor([52.0, 18.0, 18.0], dtype=torch.float64) * float(white.mean()) / 255.0
+    tongue = _tongue(p, q, bottom, unit, 0.62 * lips + 0.2 * cavity)
+    lower_row = _teeth(p, -q, 0.035 * unit - bottom, unit, 0.6 * white, cavity, scale=0.68)
     jaw = over(lower_row, tongue)
-    if opened:
-        colours = look(points)
-        inside = (torch.minimum(q - upper_edge, lower_edge - q) / 0.7 + 1.2).clamp(0.0, 1.0) * (outline.beyond(p) <= 0)
-        upper_edge_shadow = (1.0 - ((q - upper_edge) / (SHADOW_DEPTH * unit)).clamp(0.0, 1.0)) ** 2
+    if own is not None:
+        inside = (torch.minimum(q - upper_edge, lower_edge - q) + 3.0 * feather + outline.beyond(p)).clamp(0.0, 1.0)
+        inside = inside * smoothstep((0.08 * unit - outline.beyond(p)) / (0.03 * unit))
         # The portrait's own shadow is in its colours; the one drawn over them later must not count twice.
-        head = torch.cat([colours / (1.0 - SHADOW * upper_edge_shadow)[..., None], inside[..., None]], dim=-1)
+        light = 1.0 - SHADOW * shadow_under(q - upper_edge, unit)
+        head = torch.cat([own / light[..., None], inside[..., None]], dim=-1)
     else:
-        head = _teeth(p, q, rest + 0.05 * unit, unit, white, cavity)
-    return Interior(low, size, head.permute(2, 0, 1).float(), jaw.permute(2, 0, 1).float(), cavity.float())
+        head = _teeth(p, q, top + 0.05 * unit, unit, white, cavity)
+    return head.permute(2, 0, 1)[None], jaw.permute(2, 0, 1)[None], cavity
+
+
+def shadow_under(below: Tensor, unit: float) -> Tensor:
+    """How dark the upper lip's shadow is, some distance below its edge: 0..1."""
+    return (1.0 - (below / (SHADOW_DEPTH * unit)).clamp(0.0, 1.0)) ** 2
 
 
 def over(front: Tensor, back: Tensor) -> Tensor:
@@ -160,7 +138,7 @@ def over(front: Tensor, back: Tensor) -> Tensor:
     return torch.cat([colour / cover.clamp(min=1e-6), cover], dim=-1)
 
 
-def _white(colours: Tensor) -> Tensor:
+def white_of(colours: Tensor) -> Tensor:
     """The portrait's white, from its eyeballs: the brighter tenth, a little warmer."""
     brightness = colours.mean(dim=-1).flatten()
     bright = colours.reshape(-1, 3)[brightness >= brightness.quantile(0.9)].mean(dim=0)
@@ -169,7 +147,7 @@ def _white(colours: Tensor) -> Tensor:
     return level * tint * torch.tensor([1.03, 1.0, 0.95], dtype=colours.dtype)
 
 
-def _lip_colour(look: Look, outline: Outline, unit: float) -> Tensor:
+def lip_colour(look: Look, outline: Outline, unit: float) -> Tensor:
     p = torch.linspace(-0.5, 0.5, 21, dtype=torch.float64) * outline.reach
     below = outline.edges(p)[1] + 0.06 * unit
     return look(outline.from_axes(torch.stack([p, below], dim=-1))).median(dim=0).values
@@ -177,7 +155,14 @@ def _lip_colour(look: Look, outline: Outline, unit: float) -> Tensor:
 
 # Half a row of teeth from the middle outward: width, length, and how far the edge stands back, in units; seen from the
 # front, so the outer ones are foreshortened. An inter-ocular distance is about 63 mm.
-TEETH = ((0.130, 0.165, 0.000), (0.103, 0.150, 0.012), (0.098, 0.160, 0.006), (0.075, 0.135, 0.018), (0.060, 0.125, 0.026), (0.050, 0.12, 0.032))
+TEETH = (
+    (0.130, 0.165, 0.000),
+    (0.103, 0.150, 0.012),
+    (0.098, 0.160, 0.006),
+    (0.075, 0.135, 0.018),
+    (0.060, 0.125, 0.026),
+    (0.050, 0.120, 0.032),
+)
 
 
 def _teeth(p: Tensor, q: Tensor, edge: float, unit: float, white: Tensor, cavity: Tensor, scale: float = 1.0) -> Tensor:
@@ -207,8 +192,44 @@ def _teeth(p: Tensor, q: Tensor, edge: float, unit: float, white: Tensor, cavity
 
 def _tongue(p: Tensor, q: Tensor, rest: float, unit: float, colour: Tensor) -> Tensor:
     """A soft mound on the floor of the mouth, its top above q = rest, the lower lip's edge."""
-    x, y = p / (0.30 * unit), (q - rest + 0.005 * unit) / (0.10 * unit)
+    x, y = p / (0.34 * unit), (q - rest - 0.02 * unit) / (0.17 * unit)
     mound = 1.0 - torch.hypot(x, y)
-    alpha = 0.9 * smoothstep(mound / 0.6 + 0.1)
-    light = 0.75 + 0.25 * torch.exp(-((x / 0.5) ** 2) - ((y + 0.45) / 0.3) ** 2)
+    alpha = 0.95 * smoothstep(mound / 0.55)
+    light = 0.6 + 0.25 * torch.exp(-((x / 0.6) ** 2) - ((y + 0.4) / 0.35) ** 2) - 0.15 * torch.exp(-((x / 0.07) ** 2))
     return torch.cat([colour * light[..., None], alpha[..., None]], dim=-1)
+
+
+def snap_lower_lip(outline: Outline, look: Look, unit: float) -> Callable[[Tensor], Tensor]:
+    """Where the teeth really end at the lower lip of an open mouth: p to a correction of the lower edge, in crop pixels.
+
+    Landmarks miss the edge by a pixel or two, which would leave slivers of teeth on the lip. Teeth are told from lips by
+    redness; where the mouth shows no teeth at its lower edge the landmarks are kept.
+    """
+    reach, samples = 0.05 * unit, 21
+    p = torch.linspace(-0.85, 0.85, 35, dtype=torch.float64) * outline.reach
+    upper, lower = outline.edges(p)
+    steps = torch.linspace(-1.0, 1.0, samples, dtype=torch.float64) * reach
+    q = lower[:, None] + steps
+    redness = _redness(look(outline.from_axes(torch.stack([p[:, None].expand_as(q), q], dim=-1))))  # [35, samples]
+    within = torch.lerp(upper[:, None], lower[:, None], torch.linspace(0.3, 0.8, 6, dtype=torch.float64))
+    inside = look(outline.from_axes(torch.stack([p[:, None].expand_as(within), within], dim=-1)))
+    lips = _redness(lip_colour(look, outline, unit))
+    teeth = _redness(inside).flatten().quantile(0.25)
+    offset = torch.zeros_like(p)
+    if lips - teeth > 0.04:
+        level = teeth + 0.6 * (lips - teeth)
+        shows_teeth = (_redness(inside[:, -1]) < level) & (inside[:, -1].mean(dim=-1) > 0.5 * inside.mean(dim=-1).max())
+        red = redness > level
+        # The first position from which on it stays red for two steps: the lip begins.
+        starts = red[:, :-1] & red[:, 1:]
+        first = starts.double().argmax(dim=1)
+        found = starts.any(dim=1) & shows_teeth
+        offset = torch.where(found, steps[first], offset)
+    kernel = torch.exp(-0.5 * ((p[:, None] - p[None]) / (0.12 * outline.reach)) ** 2)
+    smooth = (kernel @ offset) / kernel.sum(dim=1)
+    curve = torch.stack([p, smooth], dim=1)
+    return lambda at: _interpolate(curve, at) * smoothstep((outline.reach - at.abs()) / (0.15 * outline.reach))
+
+
+def _redness(colours: Tensor) -> Tensor:
+    return (colours[..., 0] - colours[..., 1]) / colours.sum(dim=-1).clamp(min=30.0)

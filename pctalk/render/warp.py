@@ -40,8 +40,8 @@ def spline_weights(controls: Tensor, points: Tensor, smoothing: float = 1e-4) ->
 
 
 def _thin_plate(a: Tensor, b: Tensor) -> Tensor:
-    square = ((a[:, None] - b[None]) ** 2).sum(dim=-1)
-    return square * torch.log(square.clamp(min=1e-12))
+    square = (a[:, None, 0] - b[:, 0]).square_() + (a[:, None, 1] - b[:, 1]).square_()
+    return square.clamp(min=1e-12).log_().mul_(square)
 
 
 def _affine(points: Tensor) -> Tensor:
