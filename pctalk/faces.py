@@ -42,7 +42,8 @@ CANDIDATE_SCORE = 0.4  # of the detector; low, because the mesh is the better ju
 FACE_SCORE = 0.9  # of the mesh, for a face to be found: in focus, faces score 0.99 to 1; what isn't a face mostly below 0.3
 FOLLOW_SCORE = 0.5  # of the mesh, for a face to be followed through blur
 SAME_FACE = 0.3  # overlap (intersection over union) above which two boxes are one face
-PORTRAIT = 0.25  # a face at least this part of the shorter side is what the picture is about
+PORTRAIT = 0.4  # a face at least this part of the shorter side is what the picture is about
+TILE_OVERLAP = 0.25  # of the shorter side: smaller faces are whole in one of the tiles
 ROI_SCALE = 1.5  # the mesh sees the face's box times this
 FIND_PASSES = 3  # of the mesh: from the detector's box, then twice from its own landmarks, which makes them converge
 MASK_RAMP = 16 / 512  # of the crop's side
@@ -286,10 +287,10 @@ def _with_margin(image: Tensor) -> list[Crop]:
 
 
 def _tiles(image: Tensor) -> list[Crop]:
-    """Squares of two thirds of the shorter side, so overlapping that a face they are meant for is whole in one of them."""
+    """Squares of two thirds of the shorter side, overlapping so far that a small face is whole in one of them."""
     height, width = image.shape[:2]
     side = min(height, width) * 2 / 3
-    stride = side - PORTRAIT * min(height, width)
+    stride = side - TILE_OVERLAP * min(height, width)
     columns, rows = (math.ceil((length - side) / stride) + 1 for length in (width, height))
     lefts = [(width - side) * i / (columns - 1) for i in range(columns)]
     tops = [(height - side) * i / (rows - 1) for i in range(rows)]
