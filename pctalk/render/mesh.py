@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..faces import Crop, Face, FaceFinder, crop_image, crop_of, paste_mask, prepare_images, select_face, soft_mask
+from ..faces import Crop, Face, FaceFinder, bridge, crop_image, crop_of, paste_mask, prepare_images, select_face, soft_mask
 from ..keypoints import LIPS, NUM_KEYPOINTS, Keypoints, euler_angles, hold, rotation_matrix
 from . import Chunk, Portrait, openings
 from .openings import Outline
@@ -278,9 +278,10 @@ def _canonical_anchor(basis: Basis) -> Tensor:
 
 
 def _given(landmarks: Sequence, frames: int) -> list[Face]:
+    """Faces from landmarks found elsewhere; None in a frame without one is bridged."""
     if len(landmarks) not in (1, frames):
         raise ValueError(f"There are landmarks for {len(landmarks)} frames and {frames} pictures: connect those of these pictures.")
-    faces = [Face.from_landmarks(torch.as_tensor(points)) for points in landmarks]
+    faces = bridge([None if points is None else Face.from_landmarks(torch.as_tensor(points)) for points in landmarks])
     return faces if len(faces) == frames else faces * frames
 
 
