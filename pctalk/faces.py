@@ -206,12 +206,13 @@ class FaceFinder(nn.Module):
     def _detect(self, image: Tensor, windows: Sequence[Crop]) -> list[Crop]:
         """Mesh crops of the candidates in some windows of the picture."""
         device = self.detector.anchors.device
-        views = torch.stack([sample(image, window, border="zeros") for window in windows]).to(device)
-        scores, points = self.detector(views.to(memory_format=torch.channels_last) / 127.5 - 1.0)
         boxes, keypoints, confidences = [], [], []
-        for window, score, point in zip(windows, scores.cpu(), points.cpu(), strict=True):
+        for window in windows:
+            view = sample(image, window, border="zeros")[None].to(device)
+            scores, points = self.detector(view.to(memory_format=torch.channels_last) / 127.5 - 1.0)
+            score, point = scores[0].cpu(), points[0].cpu() * DETECTOR_SIZE
             candidate = score > CANDIDATE_SCORE
-            point = point[candidate] * DETECTOR_SIZE
+            point = point[candidate]
             half = point[:, 1] / 2
             boxes.append(torch.cat([window.undo(point[:, 0] - half), window.undo(point[:, 0] + half)], dim=1))
             keypoints.append(window.undo(point[:, 2:4]))
