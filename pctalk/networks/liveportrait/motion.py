@@ -6,6 +6,7 @@ The backbone is ConvNeXt V2-tiny (arXiv 2301.00808).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -77,7 +78,7 @@ class ConvNeXtV2(nn.Module):
         super().__init__()
         stem = nn.Sequential(nn.Conv2d(3, dims[0], 4, stride=4), ChannelNorm(dims[0], eps=1e-6))
         self.downsample_layers = nn.ModuleList([stem])
-        for narrow, wide in zip(dims[:-1], dims[1:], strict=True):
+        for narrow, wide in pairwise(dims):
             layer = nn.Sequential(ChannelNorm(narrow, eps=1e-6), nn.Conv2d(narrow, wide, 2, stride=2))
             self.downsample_layers.append(layer)
         self.stages = nn.ModuleList(

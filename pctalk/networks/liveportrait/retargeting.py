@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...keypoints import NUM_KEYPOINTS
@@ -17,7 +20,7 @@ class OffsetNetwork(nn.Module):
         super().__init__()
         sizes = (inputs, *hidden, outputs)
         layers = []
-        for size, next_size in zip(sizes[:-1], sizes[1:], strict=True):
+        for size, next_size in pairwise(sizes):
             layers += [nn.Linear(size, next_size), nn.ReLU()]
         self.mlp = nn.Sequential(*layers[:-1])
 
@@ -41,7 +44,7 @@ class StitchingRetargeting(nn.Module):
         """
         raw = self.retarget_shoulder_module(torch.cat([source.flatten(1), driving.flatten(1)], dim=1))
         offsets, shift = raw.split([COORDINATES, 2], dim=1)
-        return driving + offsets.unflatten(1, (NUM_KEYPOINTS, 3)) + nn.functional.pad(shift, (0, 1))[:, None]
+        return driving + offsets.unflatten(1, (NUM_KEYPOINTS, 3)) + F.pad(shift, (0, 1))[:, None]
 
     def lip_offsets(self, source: Tensor, openness: Tensor) -> Tensor:
         """Offsets that open the source's lips.

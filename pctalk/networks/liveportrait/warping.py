@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -26,9 +27,7 @@ class Warp(NamedTuple):
 class Encoder(nn.Module):
     def __init__(self, widths: list[int]):
         super().__init__()
-        self.down_blocks = nn.ModuleList(
-            ConvNorm(narrow, wide, dims=3) for narrow, wide in zip(widths[:-1], widths[1:], strict=True)
-        )
+        self.down_blocks = nn.ModuleList(ConvNorm(narrow, wide, dims=3) for narrow, wide in pairwise(widths))
 
     def forward(self, x: Tensor) -> list[Tensor]:
         levels = [x]
