@@ -1,0 +1,5 @@
+import sys
+
+from .starter import main
+
+sys.exit(main())
