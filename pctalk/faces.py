@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,7 @@ PORTRAIT = 0.4  # a face at least this part of the shorter side is what the pict
 TILE_OVERLAP = 0.25  # of the shorter side: smaller faces are whole in one of the tiles
 ROI_SCALE = 1.5  # the mesh sees the face's box times this
 FIND_PASSES = 3  # of the mesh: from the detector's box, then twice from its own landmarks, which makes them converge
+SEEN_WELL = "mostly inside it, uncovered and turned towards the camera"
 MASK_RAMP = 16 / 512  # of the crop's side
 PASTE_PIXELS = 1 << 19  # drawn at once by `PasteBack`: small enough to stay in a CPU's cache
 
@@ -148,7 +150,9 @@ class FaceFinder(nn.Module):
         try:
             finder.load_state_dict({key: value.float() for key, value in load_file(path).items()})
         except (SafetensorError, RuntimeError) as error:
-            raise ValueError(f"{path} does not hold the face networks ({error}): install PC-Talk again.") from None
+            raise ValueError(
+                f"{path} is damaged or holds something else than the face networks: install PC-Talk again."
+            ) from error
         # Depthwise convolutions on a CPU take about a third less time with channels last.
         return finder.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
@@ -174,28 +178,32 @@ class FaceFinder(nn.Module):
     def track(self, images: Tensor, face_index: int = 0, *, progress: Callable[[int, int], None] | None = None) -> list[Face]:
         """One face through a video, one result a frame; frames in which it is missing are bridged from their neighbours.
 
-        Args: images uint8 [N, H, W, 3]; face_index: 0 is the largest, in the first frame that shows enough faces;
+        Args: images uint8 [N, H, W, 3]; face_index: 0 is the largest, in the first frame that shows a face;
         progress: called with frames done and frames in all.
-        Raises ValueError when no frame shows the face (see `select_face`).
+        Raises ValueError when no frame shows a face, or the first that does has too few (see `select_face`).
         """
         found: list[Face | None] = []
         latest: Face | None = None
         missed = 0
-        most, most_frame = [], 0  # for the error
         for number, image in enumerate(images):
             face = self.follow(image, latest) if latest is not None and missed == 0 else None
             if face is None:
                 seen = self.find(image)
-                if len(seen) > len(most):
-                    most, most_frame = seen, number
-                face = _again(seen, latest, missed) if latest is not None else dict(enumerate(seen)).get(face_index)
+                if latest is not None:
+                    face = _again(seen, latest, missed)
+                elif seen:
+                    face = select_face(seen, face_index, image.shape[:2], number)
             missed = 0 if face is not None else missed + 1
             latest = face if face is not None else latest
             found.append(face)
             if progress is not None:
                 progress(number + 1, len(images))
         if latest is None:
-            select_face(most, face_index, images.shape[1:3], most_frame)
+            least = _least_height(images.shape[1])
+            raise ValueError(
+                f"No face found in any of {len(images)} frames: a face must be at least {least} pixels high here "
+                f"(5 % of the picture), {SEEN_WELL}; crop the video closer or choose another one."
+            )
         return bridge(found)
 
     def _search(self, image: Tensor, windows: Sequence[Crop]) -> list[Face]:
@@ -338,8 +346,8 @@ def bridge(found: Sequence[Face | None]) -> list[Face]:
     faces: list[Face] = []
     for number, face in enumerate(found):
         if face is None:
-            before = max((k for k in known if k < number), default=known[0])
-            after = min((k for k in known if k > number), default=known[-1])
+            place = bisect_left(known, number)
+            before, after = known[max(place - 1, 0)], known[min(place, len(known) - 1)]
             weight = (number - before) / (after - before) if after != before else 0.0
             landmarks = torch.lerp(found[before].landmarks, found[after].landmarks, weight)
             face = Face.from_landmarks(landmarks, score=0.0)
@@ -357,10 +365,9 @@ def select_face(faces: Sequence[Face], face_index: int, image_size: Sequence[int
     Args: faces, largest first; face_index: 0 is the largest; image_size: (height, width) in pixels; frame: its number.
     """
     if not faces:
-        least = max(16, round(0.05 * image_size[0]))
         raise ValueError(
-            f"No face found in frame {frame}: a face must be at least {least} pixels high here (5 % of the picture), "
-            "uncovered and turned towards the camera; crop the picture closer or choose another one."
+            f"No face found in frame {frame}: a face must be at least {_least_height(image_size[0])} pixels high here "
+            f"(5 % of the picture), {SEEN_WELL}; crop the picture closer or choose another one."
         )
     if not 0 <= face_index < len(faces):
         raise ValueError(
@@ -368,6 +375,11 @@ def select_face(faces: Sequence[Face], face_index: int, image_size: Sequence[int
             f"choose a face_index from 0 (the largest) to {len(faces) - 1}."
         )
     return faces[face_index]
+
+
+def _least_height(image_height: int) -> int:
+    """How high a face must be to be found: in pixels."""
+    return max(16, round(0.05 * image_height))
 
 
 def crop_of(face: Face | Tensor, scale: float = 2.3, vy: float = -0.125, size: int = CROP_SIZE) -> Crop:

@@ -305,12 +305,16 @@ class TestTrack:
         assert max(moved) < 0.002
 
     def test_no_face_at_all(self, finder):
-        with pytest.raises(ValueError, match="No face found in frame 0"):
+        with pytest.raises(ValueError, match=r"No face found in any of 3 frames: .* at least 16 pixels .* closer"):
             finder.track(torch.full((3, 128, 128, 3), 90, dtype=torch.uint8))
 
-    def test_index_out_of_range_counts_the_fullest_frame(self, finder, video):
-        with pytest.raises(ValueError, match="frame 0 shows 1 face:"):
-            finder.track(video[:2], face_index=1)
+    def test_index_out_of_range_in_the_first_frame_with_a_face(self, finder, video):
+        with pytest.raises(ValueError, match="frame 1 shows 1 face:"):
+            finder.track(video[4:6], face_index=1)
+
+    def test_starts_at_the_first_frame_with_a_face(self, finder, video):
+        track = finder.track(video[4:6])
+        assert torch.equal(track[0].landmarks, track[1].landmarks) and track[1].score > 0.99
 
     def test_bridge_holds_the_ends(self, face):
         later = Face.from_landmarks(face.landmarks + 30.0)
