@@ -1,0 +1,33 @@
+"""The parts of the benchmark; its figures are no test's business."""
+
+import numpy as np
+import torch
+
+from pctalk.evaluate.bench import EXAMPLES, Row, _repeated, import_time, memory_in_use, table
+from pctalk.media import read_audio
+
+
+def test_the_table_is_markdown():
+    lines = table([Row("Whole chain", "41.0 frames/s", ">= 30 frames/s"), Row("- reading", "0.1 s")]).splitlines()
+    assert len(lines) == 4 and len(set(map(len, lines))) == 1
+    assert [cell.strip() for cell in lines[2].strip("|").split("|")] == ["Whole chain", "41.0 frames/s", ">= 30 frames/s"]
+    assert set(lines[1]) == {"|", "-"} and "CPU cores" in lines[0]
+
+
+def test_a_long_recording_repeats_the_short_one(tmp_path):
+    short, rate = read_audio(EXAMPLES / "speech.flac", 48_000)
+    long, long_rate = read_audio(_repeated(EXAMPLES / "speech.flac", 0.25, tmp_path / "long.flac"))
+    assert rate == long_rate == 48_000 and long.shape == (2, 15 * 48_000)
+    expected = short[0, torch.arange(long.shape[1]) % short.shape[1]]
+    assert (long - expected).abs().max() < 1e-3
+
+
+def test_memory_in_use_sees_what_is_allocated():
+    before = memory_in_use()
+    block = np.ones(64 * 2**20, np.uint8)
+    grown = memory_in_use() - before
+    assert block.nbytes * 0.9 < grown < block.nbytes * 1.5
+
+
+def test_the_import_time_is_measured_in_a_fresh_interpreter():
+    assert 0.001 < import_time(1) < 30
