@@ -40,7 +40,8 @@ FACE_OVAL = (
 )
 # fmt: on
 CHIN, NOSE_BRIDGE = 152, 168
-LOWER_LIP_BODY = (17, 84, 314)  # moves with the jaw
+LOWER_LIP_MIDDLE, JAW_SHARE = (87, 14, 317), 0.88  # lower teeth and tongue move with the lip's edge, a little less
+CHEEKS = (50, 101, 205, 280, 330, 425)
 EYE_CORNERS = ((33, 133), (263, 362))
 
 
@@ -141,6 +142,33 @@ def read_expression(landmarks: Tensor, fit: HeadFit, basis: Basis) -> Tensor:
     return (basis.neutral_exp + change.reshape(NUM_KEYPOINTS, 3)).float()
 
 
+def with_lip_edges(landmarks: Tensor, unit: float, look: openings.Look) -> Tensor:
+    """Landmarks [468, 3] with the inner lips where the picture has them.
+
+    Lips that touch are brought onto the dark line between them; the lower edge of an open mouth is moved to its teeth's end.
+    """
+    points = landmarks.double().clone()
+    upper, lower = list(openings.UPPER_LIP), list(openings.LOWER_LIP)
+    if lip_opening(landmarks, unit) == 0:
+        middle = (points[upper] + points[lower]) / 2
+        outline = Outline(middle[:, :2], middle[:, :2])
+        p, correction = openings.darkest_line(outline, look, unit)
+        axes = outline.to_axes(middle[:, :2])
+        axes[:, 1] += openings.along(p, correction, axes[:, 0])
+        middle[:, :2] = outline.from_axes(axes)
+        points[upper] = middle
+        points[lower] = middle
+    else:
+        outline = Outline(points[upper, :2], points[lower, :2])
+        inner = lower[1:-1]
+        axes = outline.to_axes(points[inner, :2])
+        corners = smoothstep((outline.reach - axes[:, 0].abs()) / (0.15 * outline.reach))
+        teeth = openings.read_teeth(outline, look, unit)
+        axes[:, 1] += corners * openings.along(teeth.p, teeth.correction, axes[:, 0])
+        points[inner, :2] = outline.from_axes(axes)
+    return points.to(landmarks)
+
+
 def lip_opening(landmarks: Tensor, unit: float) -> float:
     """The mean gap between the lips in inter-ocular distances, 0 for lips that touch."""
     upper = landmarks[list(openings.UPPER_LIP[1:-1]), 1]
@@ -186,6 +214,9 @@ class MeshRenderer:
         points = torch.stack([crop.apply(face.landmarks.cpu()) for crop, face in zip(crops, faces)])
         if points[..., 2].abs().max() == 0:
             points = torch.stack([with_depth(still, self.basis) for still in points])
+        for index, still in enumerate(points):
+            look = Canvas(frames[index], crops[index].matrix.double(), frames.new_zeros(0)).look
+            points[index] = with_lip_edges(still, self._fit(still).unit, look)
         keypoints = self._keypoints(points, crops[0].size)
         features = {
             "landmarks": points,
@@ -240,13 +271,17 @@ class MeshRenderer:
             return [select_face(self.face_finder.find(frames[0]), face_index, frames.shape[1:3])]
         return self.face_finder.track(frames, face_index)
 
+    def _fit(self, landmarks: Tensor) -> HeadFit:
+        stable = self.basis.stable_points
+        return fit_similarity(self.basis.neutral[stable], landmarks[stable])
+
     def _keypoints(self, landmarks: Tensor, crop_size: int) -> Keypoints:
         """Pose from the mean face laid onto the landmarks, expression from the inverse basis."""
         basis, half = self.basis, crop_size / 2
         anchor, canonical_anchor = _neutral_anchor(basis), _canonical_anchor(basis)
         rotations, scales, translations, expressions = [], [], [], []
         for points in landmarks:
-            fit = fit_similarity(basis.neutral[basis.stable_points], points[basis.stable_points])
+            fit = self._fit(points)
             scale = fit.unit / (half * float(basis.lp_units_per_iod))
             place = (fit.unit * anchor @ fit.rotation + fit.origin) / half
             translation = place - scale * canonical_anchor @ fit.rotation - torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
@@ -513,7 +548,6 @@ class Scene:
         pivot = fit.unit * (_neutral_anchor(basis) - _canonical_anchor(basis) / float(basis.lp_units_per_iod)) @ fit.rotation
         self.pivot = pivot + fit.origin
         self.half = half
-        points, self.opened = _with_lip_edges(points, fit.unit, canvas.look)
         self.points = points
         self._prepare_motion(basis, expression)
 
@@ -763,7 +797,7 @@ class Scene:
             fields.append(Field(lattice, weights.float().to(self.device), torch.tensor(controls, device=self.device)))
         patch = Patch.covering(self.canvas, low, high, step, 0.3 * unit, self.device)
         feather = max(FEATHER, 0.6 / self.canvas.density)
-        overlap = 1.5 * feather if mouth and not self.opened else 0.0
+        overlap = 1.5 * feather if mouth and self.opening == 0 else 0.0
         above, below, shadow = openings.layer_masks(outline, patch.positions, unit, feather, overlap)
         colour = patch.texture[0]
         masks = torch.stack([above, below, shadow]).float().to(self.device)
@@ -776,8 +810,11 @@ class Scene:
         pixels = patch.centres(self.canvas).reshape(-1, 2) - middle
         head_texture = jaw_texture = cavity = None
         if whites is not None:
-            white, lips = openings.white_of(self.canvas.look(whites)), openings.lip_colour(self.canvas.look, outline, unit)
-            own = colour.permute(1, 2, 0).cpu().double() if self.opened else None
+            look = self.canvas.look
+            white, lips = openings.white_of(look(whites), look(self.points[list(CHEEKS), :2])), openings.lip_colour(look, outline, unit)
+            own = None
+            if self.opening > 0:
+                own = colour.permute(1, 2, 0).cpu().double(), openings.read_teeth(outline, look, unit).upper_share
             interior = openings.paint_mouth(outline, patch.positions, unit, feather, white, lips, own)
             head_texture, jaw_texture, cavity = (part.float().to(self.device) for part in interior)
         return Opening(
@@ -869,7 +906,7 @@ class Scene:
         return look_up(opening.patch.texture, self._carried(opening, turn, shift, stretch=stretch))
 
     def _mouth(self, opening: Opening, displacement: Tensor, turn: Tensor, shift: Tensor) -> Tensor:
-        jaw = look_up(opening.jaw_texture, self._carried(opening, turn, shift, displacement[:, LOWER_LIP_BODY].mean(dim=1)))
+        jaw = look_up(opening.jaw_texture, self._carried(opening, turn, shift, JAW_SHARE * displacement[:, LOWER_LIP_MIDDLE].mean(dim=1)))
         head = look_up(opening.head_texture, self._carried(opening, turn, shift))
         behind = torch.lerp(opening.cavity[None, :, None, None], jaw[:, :3], jaw[:, 3:])
         return torch.lerp(behind, head[:, :3], head[:, 3:])
@@ -878,23 +915,3 @@ class Scene:
 PRESSED = 0.025  # inter-ocular distances that closed edges overlap, so that nothing shines through
 LASHES = 0.05  # inter-ocular distances beside a lid's edge that move with it
 SIDE_FALLOFF, CHIN_FALLOFF = 0.40, 0.60  # inter-ocular distances outside the face at which expression has died away
-
-
-def _with_lip_edges(points: Tensor, unit: float, look: openings.Look) -> tuple[Tensor, bool]:
-    """Landmarks [468, 3] with the inner lips where the picture has them, and whether they are apart.
-
-    Lips that touch are brought onto one line; the lower edge of an open mouth is moved to where its teeth end.
-    """
-    points = points.clone()
-    upper, lower = list(openings.UPPER_LIP), list(openings.LOWER_LIP)
-    if lip_opening(points, unit) == 0:
-        middle = (points[upper] + points[lower]) / 2
-        points[upper] = middle
-        points[lower] = middle
-        return points, False
-    outline = Outline(points[upper, :2], points[lower, :2])
-    inner = lower[1:-1]
-    axes = outline.to_axes(points[inner, :2])
-    axes[:, 1] += openings.snap_lower_lip(outline, look, unit)(axes[:, 0])
-    points[inner, :2] = outline.from_axes(axes)
-    return points, True

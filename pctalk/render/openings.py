@@ -11,6 +11,7 @@ Positions are crop pixels; `unit` is the face's inter-ocular distance in crop pi
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -80,6 +81,11 @@ def _interpolate(curve: Tensor, p: Tensor) -> Tensor:
     return torch.lerp(y[after - 1], y[after], weight)
 
 
+def along(p: Tensor, values: Tensor, at: Tensor) -> Tensor:
+    """Values [n] known at p [n], linearly interpolated, held beyond."""
+    return _interpolate(torch.stack([p, values], dim=1), at)
+
+
 def layer_masks(outline: Outline, points: Tensor, unit: float, feather: float, overlap: float) -> tuple[Tensor, Tensor, Tensor]:
     """What belongs to the upper layer, to the lower one, and where the upper edge throws its shadow, each [...] in 0..1.
 
@@ -97,14 +103,14 @@ def layer_masks(outline: Outline, points: Tensor, unit: float, feather: float, o
 
 
 def paint_mouth(
-    outline: Outline, points: Tensor, unit: float, feather: float, white: Tensor, lips: Tensor, own: Tensor | None
+    outline: Outline, points: Tensor, unit: float, feather: float, white: Tensor, lips: Tensor, own: tuple[Tensor, float] | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The inside of a mouth in the portrait's colours, as textures in the portrait's own place.
 
-    A portrait that shows its teeth keeps them: what lies between its lips becomes the upper row. A closed mouth gets a row
-    of teeth of average size, as white as the portrait's eyes.
-    Args: points [h, w, 2] positions of the texture's pixels; feather as in `layer_masks`; white, lips [3] colours 0..255; own [h, w, 3] the portrait's
-    colours at `points` when its lips are apart.
+    A portrait that shows its teeth keeps them, the upper ones on the skull, what lies below them on the jaw. A closed mouth
+    gets a row of teeth of average size, as white as the portrait's eyes.
+    Args: points [h, w, 2] positions of the texture's pixels; feather as in `layer_masks`; white, lips [3] colours 0..255; own: the portrait's
+    colours at `points` [h, w, 3] and the share of its upper teeth (see `Teeth`), when its lips are apart.
     Returns: head [1, 4, h, w], colour and alpha of what the skull carries (upper teeth); jaw [1, 4, h, w], of what the jaw
     carries (lower teeth, tongue); cavity [3], the dark behind.
     """
@@ -113,16 +119,21 @@ def paint_mouth(
     top, bottom = (float(edge) for edge in outline.edges(torch.zeros((), dtype=torch.float64)))
     cavity = torch.tensor([52.0, 18.0, 18.0], dtype=torch.float64) * float(white.mean()) / 255.0
     tongue = _tongue(p, q, bottom, unit, 0.62 * lips + 0.2 * cavity)
-    lower_row = _teeth(p, -q, 0.035 * unit - bottom, unit, 0.6 * white, cavity, scale=0.68)
+    lower_row = _teeth(p, -q, 0.01 * unit - bottom, unit, 0.6 * white, cavity, scale=0.68)
     jaw = over(lower_row, tongue)
-    if own is not None:
+    if own is None:
+        head = _teeth(p, q, top + 0.05 * unit, unit, white, cavity)
+    else:
+        colours, upper_share = own
         inside = (torch.minimum(q - upper_edge, lower_edge - q) + 3.0 * feather + outline.beyond(p)).clamp(0.0, 1.0)
         inside = inside * smoothstep((0.08 * unit - outline.beyond(p)) / (0.03 * unit))
         # The portrait's own shadow is in its colours; the one drawn over them later must not count twice.
-        light = 1.0 - SHADOW * shadow_under(q - upper_edge, unit)
-        head = torch.cat([own / light[..., None], inside[..., None]], dim=-1)
-    else:
-        head = _teeth(p, q, top + 0.05 * unit, unit, white, cavity)
+        colours = colours / (1.0 - SHADOW * shadow_under(q - upper_edge, unit))[..., None]
+        head = torch.cat([colours, inside[..., None]], dim=-1)
+        if upper_share < 1.0:
+            below = (q - upper_edge - upper_share * (lower_edge - upper_edge)) / (2.0 * feather)
+            head[..., 3] *= (0.5 - below).clamp(0.0, 1.0)
+            jaw = torch.cat([colours, (inside * (1.5 + below).clamp(0.0, 1.0))[..., None]], dim=-1)
     return head.permute(2, 0, 1)[None], jaw.permute(2, 0, 1)[None], cavity
 
 
@@ -138,13 +149,16 @@ def over(front: Tensor, back: Tensor) -> Tensor:
     return torch.cat([colour / cover.clamp(min=1e-6), cover], dim=-1)
 
 
-def white_of(colours: Tensor) -> Tensor:
-    """The portrait's white, from its eyeballs: the brighter tenth, a little warmer."""
-    brightness = colours.mean(dim=-1).flatten()
-    bright = colours.reshape(-1, 3)[brightness >= brightness.quantile(0.9)].mean(dim=0)
-    level = bright.mean().clamp(110.0, 235.0)
-    tint = (bright / bright.mean()).clamp(0.85, 1.15)
-    return level * tint * torch.tensor([1.03, 1.0, 0.95], dtype=colours.dtype)
+def white_of(eyes: Tensor, skin: Tensor) -> Tensor:
+    """The colour of teeth in a portrait, from colours of its eyeballs [n, 3] and cheeks [m, 3]: [3].
+
+    As bright as the brighter tenth of the eyes, at least as bright as the skin, half of their tint, a little warmer.
+    """
+    brightness = eyes.mean(dim=-1)
+    bright = eyes[brightness >= brightness.quantile(0.9)].mean(dim=0)
+    level = torch.maximum(bright.mean(), 1.1 * skin.mean()).clamp(60.0, 235.0)
+    tint = 0.5 + 0.5 * (bright / bright.mean()).clamp(0.8, 1.2)
+    return level * tint * torch.tensor([1.03, 1.0, 0.95], dtype=eyes.dtype)
 
 
 def lip_colour(look: Look, outline: Outline, unit: float) -> Tensor:
@@ -173,19 +187,19 @@ def _teeth(p: Tensor, q: Tensor, edge: float, unit: float, white: Tensor, cavity
     alpha, tone = torch.zeros_like(x), torch.zeros_like(x)
     start = 0.0
     for width, length, back in TEETH:
-        centre, radius = start + width / 2, min(0.035, 0.45 * width)
+        centre, radius = start + width / 2, 0.02
         dx = (x - centre).abs() - (width / 2 - radius - 0.003)
         dy = (y - back - length / 2).abs() - (length / 2 - radius)
         distance = torch.hypot(dx.clamp(min=0), dy.clamp(min=0)) + torch.maximum(dx, dy).clamp(max=0) - radius
         body = (0.5 - distance / (1.4 * pixel)).clamp(0.0, 1.0)
         rim = torch.exp(distance / 0.012).clamp(max=1.0)
         alpha = torch.maximum(alpha, body)
-        tone = torch.maximum(tone, body * (1.0 - 0.22 * rim) * (0.92 + 0.08 * smoothstep((y - back) / 0.05)))
+        tone = torch.maximum(tone, body * (1.0 - 0.16 * rim) * (0.92 + 0.08 * smoothstep((y - back) / 0.05)))
         start += width
     sides = 1.0 - 0.75 * smoothstep((x - 0.12) / 0.42)
-    gap = 0.45 * white * torch.tensor([1.0, 0.8, 0.75], dtype=white.dtype)
+    gap = 0.55 * white * torch.tensor([1.0, 0.8, 0.75], dtype=white.dtype)
     # Between teeth, not past their edges, is a darker tone of themselves rather than the cavity.
-    between = smoothstep((y - 0.03) / 0.03) * smoothstep((start - x) / 0.05)
+    between = smoothstep((y - 0.012) / 0.02) * smoothstep((start - x) / 0.05)
     colour = (white * tone[..., None] + gap * (1.0 - tone[..., None])) * sides[..., None] + cavity * (1.0 - sides[..., None])
     return torch.cat([colour, torch.maximum(alpha, between)[..., None]], dim=-1)
 
@@ -199,36 +213,90 @@ def _tongue(p: Tensor, q: Tensor, rest: float, unit: float, colour: Tensor) -> T
     return torch.cat([colour * light[..., None], alpha[..., None]], dim=-1)
 
 
-def snap_lower_lip(outline: Outline, look: Look, unit: float) -> Callable[[Tensor], Tensor]:
-    """Where the teeth really end at the lower lip of an open mouth: p to a correction of the lower edge, in crop pixels.
+@dataclass(frozen=True)
+class Teeth:
+    """What an open mouth shows: where the lower lip really begins, as a correction [n] of the outline's lower edge at p [n];
+    and how much of the opening, from the top, belongs to the skull, 1 unless the portrait shows lower teeth."""
 
-    Landmarks miss the edge by a pixel or two, which would leave slivers of teeth on the lip. Teeth are told from lips by
-    redness; where the mouth shows no teeth at its lower edge the landmarks are kept.
+    p: Tensor
+    correction: Tensor
+    upper_share: float
+
+
+def read_teeth(outline: Outline, look: Look, unit: float) -> Teeth:
+    """Find the teeth of an open mouth, which landmarks miss by a few pixels: slivers of teeth would stick to the lip.
+
+    Teeth are told from lips, gums and tongue by redness and brightness. Columns without teeth follow their neighbours; a
+    mouth without any keeps its landmarks.
     """
-    reach, samples = 0.05 * unit, 21
-    p = torch.linspace(-0.85, 0.85, 35, dtype=torch.float64) * outline.reach
+    p = torch.linspace(-0.9, 0.9, 37, dtype=torch.float64) * outline.reach
     upper, lower = outline.edges(p)
-    steps = torch.linspace(-1.0, 1.0, samples, dtype=torch.float64) * reach
-    q = lower[:, None] + steps
-    redness = _redness(look(outline.from_axes(torch.stack([p[:, None].expand_as(q), q], dim=-1))))  # [35, samples]
-    within = torch.lerp(upper[:, None], lower[:, None], torch.linspace(0.3, 0.8, 6, dtype=torch.float64))
-    inside = look(outline.from_axes(torch.stack([p[:, None].expand_as(within), within], dim=-1)))
-    lips = _redness(lip_colour(look, outline, unit))
-    teeth = _redness(inside).flatten().quantile(0.25)
-    offset = torch.zeros_like(p)
-    if lips - teeth > 0.04:
-        level = teeth + 0.6 * (lips - teeth)
-        shows_teeth = (_redness(inside[:, -1]) < level) & (inside[:, -1].mean(dim=-1) > 0.5 * inside.mean(dim=-1).max())
-        red = redness > level
-        # The first position from which on it stays red for two steps: the lip begins.
-        starts = red[:, :-1] & red[:, 1:]
-        first = starts.double().argmax(dim=1)
-        found = starts.any(dim=1) & shows_teeth
-        offset = torch.where(found, steps[first], offset)
-    kernel = torch.exp(-0.5 * ((p[:, None] - p[None]) / (0.12 * outline.reach)) ** 2)
-    smooth = (kernel @ offset) / kernel.sum(dim=1)
-    curve = torch.stack([p, smooth], dim=1)
-    return lambda at: _interpolate(curve, at) * smoothstep((outline.reach - at.abs()) / (0.15 * outline.reach))
+    step = 0.01 * unit
+    count = int(float((lower - upper).max()) / step) + 12
+    q = upper[:, None] + step * (torch.arange(count, dtype=torch.float64) - 3.0)  # from a little above the opening
+    colours = look(outline.from_axes(torch.stack([p[:, None].expand_as(q), q], dim=-1)))
+    redness, brightness = _redness(colours), colours.mean(dim=-1)
+    inside = (q > upper[:, None]) & (q < lower[:, None])
+
+    lip = float(_redness(lip_colour(look, outline, unit)))
+    bright = float(brightness[inside].quantile(0.95))
+    tooth = float(redness[inside & (brightness > 0.5 * bright)].quantile(0.15))
+    if lip - tooth < 0.03:
+        return Teeth(p, torch.zeros_like(p), 1.0)
+    teeth = (redness < tooth + 0.5 * (lip - tooth)) & (brightness > 0.35 * bright) & (q < (lower + 0.06 * unit)[:, None])
+
+    correction, known = torch.zeros_like(p), torch.zeros_like(p)
+    lower_rows, upper_ends, columns = 0, [], 0
+    for column, row in enumerate(teeth.tolist()):
+        top, bottom = float(upper[column]), float(lower[column])
+        gap = bottom - top
+        runs = [(float(q[column, start]), float(q[column, stop - 1]) + step) for start, stop in _runs(row)]
+        # A run that starts at the lip's landmark or below it is a gleam on the lip.
+        runs = [(start, end) for start, end in runs if end - start > 0.035 * unit and start < bottom - 0.02 * unit]
+        if gap < 0.04 * unit:
+            continue
+        columns += 1
+        if runs and runs[-1][1] > top + 0.55 * gap:
+            correction[column], known[column] = runs[-1][1] - bottom, 1.0
+        if runs and runs[-1][0] > top + 0.45 * gap:
+            lower_rows += 1
+        if runs and runs[0][0] < top + 0.35 * gap:
+            upper_ends.append((runs[0][1] - top) / gap)
+    kernel = torch.exp(-0.5 * ((p[:, None] - p[None]) / (0.09 * outline.reach)) ** 2)
+    correction = (kernel @ correction) / (kernel @ known + 0.3)
+    if columns == 0 or lower_rows < 0.3 * columns:
+        return Teeth(p, correction, 1.0)
+    share = sorted(upper_ends)[len(upper_ends) // 2] + 0.04 if upper_ends else 0.3
+    return Teeth(p, correction, min(max(share, 0.2), 0.6))
+
+
+def _runs(row: list[bool]) -> list[tuple[int, int]]:
+    """Where a row is true: (start, stop) pairs."""
+    edges = [i for i in range(len(row) + 1) if (i > 0 and row[i - 1]) != (i < len(row) and row[i])]
+    return list(zip(edges[::2], edges[1::2]))
+
+
+def darkest_line(outline: Outline, look: Look, unit: float) -> tuple[Tensor, Tensor]:
+    """Where closed lips meet: the darkest smooth line near the landmarks, as p [n] and a correction of q [n]."""
+    p = torch.linspace(-1.0, 1.0, 41, dtype=torch.float64) * outline.reach
+    steps = torch.linspace(-1.0, 1.0, 25, dtype=torch.float64) * 0.06 * unit
+    q = sum(outline.edges(p)) / 2
+    q = q[:, None] + steps
+    points = outline.from_axes(torch.stack([p[:, None].expand_as(q), q], dim=-1))
+    brightness = look(points).mean(dim=-1)
+    cost = (brightness - brightness.amin(dim=1, keepdim=True)) / (brightness.std(dim=1, keepdim=True) + 4.0)
+    cost = cost + 0.35 * (steps / (0.03 * unit)) ** 2
+    # The cheapest path from corner to corner (dynamic programming), each change of offset paid for.
+    change = 60.0 * ((steps[:, None] - steps[None]) / (0.06 * unit)) ** 2
+    total, back = cost[0], []
+    for column in cost[1:]:
+        best, choice = (total[:, None] + change).min(dim=0)
+        total = column + best
+        back.append(choice)
+    path = [int(total.argmin())]
+    for choice in reversed(back):
+        path.append(int(choice[path[-1]]))
+    return p, steps[torch.tensor(path[::-1])]
 
 
 def _redness(colours: Tensor) -> Tensor:
