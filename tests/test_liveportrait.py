@@ -1,12 +1,18 @@
-"""The LivePortrait networks: plain against inference forms."""
+"""The LivePortrait networks, plain against inference forms, and the renderer that runs them."""
 
 from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from pctalk.faces import FaceFinder, paste_back, paste_mask
+from pctalk.keypoints import Deformation, Keypoints, add_deformations, rotation_matrix
+from pctalk.media import read_image
 from pctalk.networks.liveportrait import blocks, inference
 from pctalk.networks.liveportrait.appearance import AppearanceFeatureExtractor
 from pctalk.networks.liveportrait.generator import SpadeGenerator
@@ -14,6 +20,8 @@ from pctalk.networks.liveportrait.inference import UpsampledConv
 from pctalk.networks.liveportrait.motion import MotionExtractor
 from pctalk.networks.liveportrait.retargeting import StitchingRetargeting
 from pctalk.networks.liveportrait.warping import WarpingModule, gaussian_heatmaps
+from pctalk.render import Portrait
+from pctalk.render.liveportrait import LivePortraitRenderer
 
 
 def seasoned(network: nn.Module, seed: int = 0) -> nn.Module:
@@ -27,16 +35,27 @@ def seasoned(network: nn.Module, seed: int = 0) -> nn.Module:
     return network.eval().requires_grad_(False)
 
 
+def built(network: type[nn.Module], **widths) -> nn.Module:
+    """The same random network every time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return seasoned(network(**widths))
+
+
 def narrow_appearance() -> AppearanceFeatureExtractor:
-    return seasoned(AppearanceFeatureExtractor(width=8, channels=6, depth=4, blocks=2))
+    return built(AppearanceFeatureExtractor, width=8, channels=6, depth=4, blocks=2)
+
+
+def narrow_motion() -> MotionExtractor:
+    return built(MotionExtractor, depths=(1, 1, 1, 1), dims=(8, 12, 16, 20))
 
 
 def narrow_warping() -> WarpingModule:
-    return seasoned(WarpingModule(channels=6, depth=4, compressed=2, expansion=8, blocks=3, widest=32, outputs=16))
+    return built(WarpingModule, channels=6, depth=4, compressed=2, expansion=8, blocks=3, widest=32, outputs=16)
 
 
 def narrow_generator() -> SpadeGenerator:
-    return seasoned(SpadeGenerator(inputs=16, width=24, narrow=(16, 8), hidden=8))
+    return built(SpadeGenerator, inputs=16, width=24, narrow=(16, 8), hidden=8)
 
 
 def keypoints(batch: int, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,7 +127,7 @@ def test_appearance_inference_form():
 
 
 def test_motion_inference_form():
-    network, image = seasoned(MotionExtractor(depths=(1, 1, 1, 1), dims=(8, 12, 16, 20))), torch.rand(2, 3, 64, 64)
+    network, image = narrow_motion(), torch.rand(2, 3, 64, 64)
     motion = network(image)
     assert [tuple(value.shape) for value in motion] == [(2, 21, 3), (2,), (2,), (2,), (2, 3), (2, 21, 3), (2,)]
     fused = inference.fused_motion(network)(image)
@@ -182,3 +201,180 @@ def test_stitching_moves_the_whole_face_in_the_plane_only():
     last.bias.copy_(torch.cat([torch.zeros(63), torch.tensor([0.1, -0.2])]))
     expected = driving + torch.tensor([0.1, -0.2, 0.0])
     torch.testing.assert_close(network.stitch(source, driving), expected)
+
+
+# The renderer, with narrow random networks on a real photograph
+
+
+@pytest.fixture(scope="module")
+def portrait_image() -> torch.Tensor:
+    return read_image(Path(__file__).parents[1] / "web" / "examples" / "portrait.jpg")
+
+
+@pytest.fixture(scope="module")
+def renderer() -> LivePortraitRenderer:
+    return LivePortraitRenderer(
+        FaceFinder.from_assets(),
+        narrow_appearance(),
+        narrow_motion(),
+        narrow_warping(),
+        narrow_generator(),
+        built(StitchingRetargeting),
+    )
+
+
+@pytest.fixture(scope="module")
+def extracted(renderer, portrait_image) -> tuple[Portrait, Keypoints]:
+    return renderer.extract(portrait_image)
+
+
+def moving(keypoints: Keypoints, frames: int) -> Keypoints:
+    """The keypoints, swaying a little for some frames."""
+    sway = torch.linspace(0.0, 0.3, frames)[:, None, None] * torch.randn(21, 3, generator=torch.Generator().manual_seed(2))
+    return add_deformations(keypoints, [Deformation(sway)])
+
+
+def test_extract_reads_what_the_networks_see(renderer, portrait_image, extracted):
+    portrait, keypoints = extracted
+    assert portrait.renderer == "liveportrait" and len(portrait.crops) == 1
+    picture = portrait.features["pictures"]
+    assert picture.shape == (1, 256, 256, 3) and picture.dtype == torch.uint8
+    motion = renderer.motion(picture.permute(0, 3, 1, 2) / 255.0)
+    rotation = rotation_matrix(motion.pitch, motion.yaw, motion.roll)
+    expected = motion.scale[:, None, None] * (motion.canonical @ rotation + motion.expression)
+    expected[..., :2] += motion.translation[:, None, :2]
+    torch.testing.assert_close(keypoints.posed(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(portrait.features["keypoints"], keypoints.posed())
+
+
+def test_extract_keeps_each_video_frame_exact(renderer, portrait_image):
+    video = torch.cat([portrait_image, portrait_image.flip(2)])
+    face = renderer.face_finder.find((portrait_image[0] * 255).byte())[0].landmarks[:, :2]
+    mirrored = face * torch.tensor([-1.0, 1.0]) + torch.tensor([float(video.shape[2]), 0.0])
+    portrait, keypoints = renderer.extract(video, landmarks=[face, mirrored])
+    assert keypoints.frames == 2 and len(portrait.crops) == 2
+    read = renderer.motion(portrait.features["pictures"].permute(0, 3, 1, 2) / 255.0)
+    rotation = rotation_matrix(read.pitch, read.yaw, read.roll)
+    expected = read.scale[:, None, None] * (read.canonical @ rotation + read.expression)
+    expected[..., :2] += read.translation[:, None, :2]
+    torch.testing.assert_close(keypoints.posed(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stitching", [False, True])
+def test_render_is_the_plain_chain(renderer, extracted, stitching):
+    portrait, keypoints = extracted
+    driven = moving(keypoints, 2)
+    source, driving = keypoints.posed(), driven.posed()
+    if stitching:
+        driving = built(StitchingRetargeting).stitch(source.expand_as(driving), driving)
+    volume = narrow_appearance()(portrait.features["pictures"].permute(0, 3, 1, 2) / 255.0)
+    feature = narrow_warping()(volume.expand(2, -1, -1, -1, -1), source.expand(2, -1, -1), driving).feature
+    expected = narrow_generator()(feature).mul(255.0).permute(0, 2, 3, 1)
+    chunks = list(renderer.render(portrait, driven, paste_back=False, stitching=stitching, batch=2))
+    assert [tuple(chunk.frames.shape) for chunk in chunks] == [(2, 512, 512, 3)]
+    assert chunks[0].frames.dtype == torch.uint8 and chunks[0].mask.shape == (2, 512, 512)
+    assert (chunks[0].frames.float() - expected).abs().max() < 0.6  # half for rounding
+    assert (chunks[0].frames[0].float() - chunks[0].frames[1].float()).abs().max() > 1.0
+
+
+def test_chunks_hold_every_frame_in_order(renderer, extracted):
+    portrait, keypoints = extracted
+    driven = moving(keypoints, 3)
+    single = torch.cat([chunk.frames for chunk in renderer.render(portrait, driven, paste_back=False, batch=1)])
+    chunks = list(renderer.render(portrait, driven, paste_back=False, batch=2))
+    assert [len(chunk.frames) for chunk in chunks] == [2, 1]
+    together = torch.cat([chunk.frames for chunk in chunks])
+    assert (together.int() - single.int()).abs().max() <= 1
+    again = torch.cat([chunk.frames for chunk in renderer.render(portrait, driven, paste_back=False, batch=2)])
+    assert torch.equal(again, together)
+
+
+def test_pasted_back_only_the_crop_changes(renderer, extracted):
+    portrait, keypoints = extracted
+    (chunk,) = renderer.render(portrait, keypoints)
+    source = portrait.frames[0]
+    assert chunk.frames.shape == (1, *source.shape)
+    mask = paste_mask(portrait.crops[0], *source.shape[:2])
+    torch.testing.assert_close(chunk.mask[0], mask)
+    assert torch.equal(chunk.frames[0][mask == 0], source[mask == 0])
+    (crop,) = renderer.render(portrait, keypoints, paste_back=False)
+    assert torch.equal(chunk.frames, paste_back(crop.frames, source, portrait.crops[0]))
+
+
+def test_every_video_frame_is_its_own_source(renderer, portrait_image):
+    darker = portrait_image * 0.5
+    face = renderer.face_finder.find((portrait_image[0] * 255).byte())[0].landmarks[:, :2]
+    portrait, keypoints = renderer.extract(torch.cat([portrait_image, darker]), landmarks=[face])
+    chunks = list(renderer.render(portrait, moving(keypoints, 4), batch=3))
+    frames, masks = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+    outside = masks[0] == 0
+    assert torch.equal(frames[0][outside], portrait.frames[0][outside])
+    for held in (1, 2, 3):
+        assert torch.equal(frames[held][outside], portrait.frames[1][outside])
+    stills = [renderer.extract(image[None], landmarks=[face])[0] for image in (portrait_image[0], darker[0])]
+    driven = moving(keypoints, 4)
+    for frame, still in ((0, stills[0]), (3, stills[1])):
+        own = replace(still, features={**still.features, "keypoints": portrait.features["keypoints"][min(frame, 1)][None]})
+        (expected,) = renderer.render(own, replace_frame(driven, frame))
+        assert (frames[frame].int() - expected.frames[0].int()).abs().max() <= 1
+
+
+def replace_frame(track: Keypoints, frame: int) -> Keypoints:
+    """One frame of a track as a still."""
+    fields = ("rotation", "scale", "translation", "expression")
+    return replace(track, **{name: getattr(track, name)[frame][None] for name in fields})
+
+
+def test_a_still_is_looked_at_once(renderer, extracted):
+    calls = []
+    hook = renderer.appearance.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        list(renderer.render(extracted[0], moving(extracted[1], 3), paste_back=False, batch=1))
+    finally:
+        hook.remove()
+    assert len(calls) == 1
+
+
+def test_batches_shrink_when_memory_runs_out(renderer, extracted, monkeypatch, caplog):
+    portrait, driven = extracted[0], moving(extracted[1], 5)
+    expected = torch.cat([chunk.frames for chunk in renderer.render(portrait, driven, paste_back=False, batch=2)])
+    forward = type(renderer.generator).forward
+
+    def limited(self, feature):
+        if len(feature) > 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return forward(self, feature)
+
+    monkeypatch.setattr(type(renderer.generator), "forward", limited)
+    chunks = list(renderer.render(portrait, driven, paste_back=False, batch=5))
+    assert [len(chunk.frames) for chunk in chunks] == [2, 2, 1]
+    assert "2 frames at a time" in caplog.text
+    assert (torch.cat([chunk.frames for chunk in chunks]).int() - expected.int()).abs().max() <= 1
+
+
+def test_no_memory_for_one_frame_is_said(renderer, extracted, monkeypatch):
+    def never(self, feature):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.")
+
+    monkeypatch.setattr(type(renderer.generator), "forward", never)
+    with pytest.raises(MemoryError, match="single frame"):
+        list(renderer.render(*extracted, batch=4))
+
+
+def test_other_errors_are_not_swallowed(renderer, extracted, monkeypatch):
+    def broken(self, feature):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(type(renderer.generator), "forward", broken)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        list(renderer.render(*extracted))
+
+
+def test_another_renderers_portrait_is_refused(renderer, extracted):
+    with pytest.raises(ValueError, match="'mesh' renderer"):
+        next(renderer.render(replace(extracted[0], renderer="mesh"), extracted[1]))
+
+
+def test_landmarks_of_other_pictures_are_refused(renderer, portrait_image):
+    with pytest.raises(ValueError, match="landmarks for 3 frames and 1 pictures"):
+        renderer.extract(portrait_image, landmarks=[torch.rand(468, 2)] * 3)
