@@ -17,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..faces import Crop, Face, FaceFinder, bridge, crop_image, crop_of, paste_mask, prepare_images, select_face, soft_mask
+from ..faces import FaceFinder, crop_image, paste_mask, prepare_images, soft_mask
 from ..keypoints import LIPS, NUM_KEYPOINTS, Keypoints, euler_angles, hold, rotation_matrix
 from . import Chunk, Portrait, openings
 from .openings import Outline
+from .tracking import find_faces, steady_crops
 from .warp import Lattice, pull_back, refine, smoothstep, spline_weights
 
 ASSET = Path(__file__).parents[1] / "assets" / "mesh_basis.safetensors"
@@ -206,11 +207,8 @@ class MeshRenderer:
         """See `Renderer.extract`. Portrait.features: landmarks [N, 468, 3] crop pixels; expression [N, 21, 3];
         rotation [N, 3, 3]; scale [N]; translation [N, 3]."""
         frames = prepare_images(images).cpu()
-        if landmarks is None:
-            faces = self._find(frames, face_index)
-        else:
-            faces = _given(landmarks, len(frames))
-        crops = _crops(faces, crop_scale)
+        faces = find_faces(self.face_finder, frames, face_index, landmarks)
+        crops = steady_crops(faces, crop_scale)
         points = torch.stack([crop.apply(face.landmarks.cpu()) for crop, face in zip(crops, faces)])
         if points[..., 2].abs().max() == 0:
             points = torch.stack([with_depth(still, self.basis) for still in points])
@@ -266,11 +264,6 @@ class MeshRenderer:
             yield scene, motion.part(frame, frame + count)
             frame += count
 
-    def _find(self, frames: Tensor, face_index: int) -> list[Face]:
-        if len(frames) == 1:
-            return [select_face(self.face_finder.find(frames[0]), face_index, frames.shape[1:3])]
-        return self.face_finder.track(frames, face_index)
-
     def _fit(self, landmarks: Tensor) -> HeadFit:
         stable = self.basis.stable_points
         return fit_similarity(self.basis.neutral[stable], landmarks[stable])
@@ -312,24 +305,7 @@ def _canonical_anchor(basis: Basis) -> Tensor:
     return (eyes + lips) / 2
 
 
-def _given(landmarks: Sequence, frames: int) -> list[Face]:
-    """Faces from landmarks found elsewhere; None in a frame without one is bridged."""
-    if len(landmarks) not in (1, frames):
-        raise ValueError(f"There are landmarks for {len(landmarks)} frames and {frames} pictures: connect those of these pictures.")
-    faces = bridge([None if points is None else Face.from_landmarks(torch.as_tensor(points)) for points in landmarks])
-    return faces if len(faces) == frames else faces * frames
-
-
-def _crops(faces: Sequence[Face], scale: float, window: int = 13) -> list[Crop]:
-    """One crop a frame; in a video from landmarks averaged over half a second, so that the crop doesn't tremble."""
-    landmarks = torch.stack([face.landmarks.cpu() for face in faces])
-    if len(landmarks) > 1:
-        padded = torch.cat([landmarks[:1].expand(window // 2, -1, -1), landmarks, landmarks[-1:].expand(window // 2, -1, -1)])
-        landmarks = padded.unfold(0, window, 1).mean(dim=-1)
-    return [crop_of(points, scale) for points in landmarks]
-
-
-MAX_TURN = 30.0  # degrees from the portrait's own pose that the head follows, softly limited
+MAX_TURN = 25.0  # degrees from the portrait's own pose that the head follows, softly limited
 MAX_SHIFT = 0.30  # crop half-widths
 MAX_ZOOM = 0.25
 
@@ -369,7 +345,7 @@ class Motion:
         turns = bool(angles.abs().max() > 1e-2 or zoom.abs().max() > 1e-4 or shift.abs().max() > 1e-4)
         if not turns:
             return cls(change, torch.eye(3).expand(len(change), 3, 3), torch.zeros(len(change), 2), False)
-        angles = soft_limit(angles, 0.7 * MAX_TURN, MAX_TURN)
+        angles = soft_limit(angles, 0.6 * MAX_TURN, MAX_TURN)
         turn = rotation_matrix(*angles.unbind(dim=-1)) * (1.0 + zoom[:, :, None])
         return cls(change, turn, shift, True)
 
@@ -647,9 +623,12 @@ class Scene:
         if not self.turns:
             return None
         distance, _ = self._outside(nodes, oval)
-        depth = spline_weights(self.points[:, :2], nodes, smoothing=1e-2) @ self.points[:, 2]
+        depth = spline_weights(self.points[:, :2], nodes, smoothing=0.1) @ self.points[:, 2]
+        # The mesh falls off steeply at its rim; a warp can't turn that out of sight, so the rim is taken as flat.
+        front, rim = self.points[:, 2].min(), self.pivot[2] - 0.4 * self.unit
+        depth = torch.minimum(depth.clamp(min=front), rim + 0.25 * (depth - rim).clamp(max=0.4 * self.unit))
         fade = smoothstep(distance / (0.8 * self.unit))
-        depth = torch.lerp(depth.clamp(self.points[:, 2].min(), self.points[:, 2].max()), self.pivot[2].expand_as(depth), fade)
+        depth = torch.lerp(depth, self.pivot[2].expand_as(depth), fade)
         positions = torch.cat([nodes, depth[:, None]], dim=1) - self.pivot
         weight = self._head(nodes, oval)[:, None]
         return Turning(positions.float().to(self.device), weight.float().to(self.device))
