@@ -141,12 +141,14 @@ class _SoundFile(_Sound):
             if not container.streams.audio:
                 raise ValueError(f"{self.path} holds no sound: choose a recording, or a video with a sound track.")
             codec = container.streams.audio[0].codec_context
+            if not codec.sample_rate:
+                raise _not_a_recording(self.path)
             super().__init__(codec.sample_rate, min(2, codec.layout.nb_channels), rate, mono)
 
     def _source(self) -> Iterator[np.ndarray]:
         import av
 
-        converter = av.AudioResampler(format="fltp", layout=_layout(self.file_channels), rate=self.file_rate)
+        converter = kind = None
         damaged = 0
         with self._open() as container:
             stream = container.streams.audio[0]
@@ -158,14 +160,15 @@ class _SoundFile(_Sound):
                     damaged += 1
                     continue
                 for frame in frames:
+                    # Recordings pasted together may change their rate or channels midway.
+                    if kind != (kind := (frame.sample_rate, frame.format.name, frame.layout.name)):
+                        yield from _converted(converter, None)
+                        converter = av.AudioResampler("fltp", _layout(self.file_channels), self.file_rate)
                     # AAC fills its last frame up; only the packet knows how much of it is sound.
                     counted = aac and packet.duration and packet.time_base == Fraction(1, frame.sample_rate)
-                    length = packet.duration if counted else frame.samples
-                    frame.pts = None  # gaps between time stamps are no part of the sound
-                    for part in converter.resample(frame):
-                        yield part.to_ndarray()[:, :length]
-            for part in converter.resample(None):
-                yield part.to_ndarray()
+                    for block in _converted(converter, frame):
+                        yield block[:, : packet.duration] if counted else block
+            yield from _converted(converter, None)
         if damaged:
             log.warning("%s is damaged: what could not be decoded is left out (%d packets).", self.path, damaged)
 
@@ -200,6 +203,16 @@ def _sound_of(audio: str | Path | tuple[Tensor, int]) -> _Sound:
     file_rate = audio[1] if isinstance(audio, tuple) else _SoundFile(audio).file_rate
     rate = 44_100 if file_rate % 11_025 == 0 else 48_000
     return _SoundInMemory(*audio, rate) if isinstance(audio, tuple) else _SoundFile(audio, rate)
+
+
+def _converted(converter, frame) -> Iterator[np.ndarray]:
+    """A decoded frame (None: what is still inside) as blocks [C, n] in the converter's format."""
+    if converter is None:
+        return
+    if frame is not None:
+        frame.pts = None  # gaps between time stamps are no part of the sound
+    for part in converter.resample(frame):
+        yield part.to_ndarray()
 
 
 def _layout(channels: int) -> str:
@@ -399,11 +412,19 @@ class VideoWriter:
                 self.wait_seconds += time.perf_counter() - start
                 if self._error is not None:
                     raise self._error
-                os.replace(self._part, self.path)
+                self._give_name()
         finally:
             self._abort.set()
             self._thread.join()
             self._part.unlink(missing_ok=True)
+
+    def _give_name(self) -> None:
+        try:
+            os.replace(self._part, self.path)
+        except PermissionError as error:  # Windows, while another program has the earlier video open
+            raise PermissionError(
+                f"{self.path} can't be replaced ({error.strerror}): close the program that shows it."
+            ) from None
 
     # The rest runs in the encoding thread.
 

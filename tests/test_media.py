@@ -216,6 +216,32 @@ def test_a_damaged_recording_gives_what_can_be_decoded(tmp_path, caplog):
     assert "damaged" in caplog.text
 
 
+def test_recordings_pasted_together(tmp_path):
+    first = write_sound(tmp_path / "a.mp3", tone(1.0, 44_100, channels=2), 44_100, "libmp3lame").read_bytes()
+    second = write_sound(tmp_path / "b.mp3", tone(1.0, 22_050), 22_050, "libmp3lame").read_bytes()
+    (tmp_path / "both.mp3").write_bytes(first + second)
+    waveform, rate = read_audio(tmp_path / "both.mp3")
+    assert waveform.shape[1] / rate == pytest.approx(2.0, abs=0.15)
+    for start in (0.2, 1.3):  # both are heard at their own pitch
+        part = waveform[0, round(start * rate) : round((start + 0.5) * rate)]
+        assert part.std() == pytest.approx(0.35, abs=0.05)
+        assert (part.sign().diff() != 0).sum() / 2 / 0.5 == pytest.approx(440, rel=0.03)
+
+
+def test_surround_sound_becomes_stereo(tmp_path):
+    samples = np.concatenate([tone(channels=2), np.zeros((4, RATE // 2), np.float32)])
+    with av.open(str(tmp_path / "a.flac"), "w") as container:
+        stream = container.add_stream("flac", rate=RATE, layout="5.1")
+        packed = np.ascontiguousarray((samples * 32767).astype(np.int16).T.reshape(1, -1))
+        frame = av.AudioFrame.from_ndarray(packed, format="s16", layout="5.1")
+        frame.rate, frame.pts = RATE, 0
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    waveform, _ = read_audio(tmp_path / "a.flac")
+    assert waveform.shape == (2, RATE // 2)
+    assert (waveform[0] - 2 * waveform[1]).abs().max() < 0.01 and waveform[0].max() > 0.2
+
+
 # Video
 
 
