@@ -644,10 +644,12 @@ class Scene:
         }
         self.lip_gap = basis.lip_gap.to(self.device)
         self.opening = lip_opening(self.points, self.unit)
+        self.upper_lip = basis.lip_pairs[:, 0].to(self.device)
         self.followers = {
             "lips": self._followers(basis.lip_pairs, 0.16).to(self.device),
             "lids": self._followers(basis.lid_pairs, 0.05).to(self.device),
         }
+        self.lip_followers = self.followers["lips"][:, : len(basis.lip_pairs)]
 
     def _followers(self, pairs: Tensor, reach: float) -> Tensor:
         """How landmarks follow when the clamps move a pair's upper or lower one: [468, 2 n] (uppers, then lowers)."""
@@ -672,6 +674,13 @@ class Scene:
         """Expression changes [b, 63] to displacements of the landmarks [b, 468, 2] in crop pixels."""
         moved = (change @ self.basis_xy).reshape(-1, NUM_LANDMARKS, 2)
         moved = soft_limit(moved, 0.45 * self.unit, 0.65 * self.unit)
+        sideways = soft_limit(moved[..., :1], 0.13 * self.unit, 0.26 * self.unit)
+        moved = torch.cat([sideways, moved[..., 1:]], dim=-1)
+        if self.opening > 0:
+            # A lip that already bares the teeth has little room left to rise.
+            up = moved[:, self.upper_lip, 1].clamp(max=0.0)
+            over = up - soft_limit(up[..., None], 0.01 * self.unit, 0.04 * self.unit)[..., 0]
+            moved[..., 1] -= over @ self.lip_followers.T
         kept = torch.ones(len(moved), 1, device=moved.device)
         moved = self._close(moved, "lids", 0.75, kept, PRESSED * self.unit)
         if self.opening == 0:
@@ -782,7 +791,7 @@ class Scene:
         masks = torch.stack([above, below, shadow]).float().to(self.device)
         upper_texture = torch.cat([colour, masks[:1], masks[2:]])[None] if mouth else torch.cat([colour, masks[:1]])[None]
         lower_texture = torch.cat([colour, masks[1:2]])[None]
-        depth = self.points[list(upper) + list(lower), 2].mean()
+        depth = self.points[[ring[len(ring) // 2] for ring in (upper, lower)], 2].mean()
         centre3 = torch.cat([middle, depth[None]]) - self.pivot
         pairs = torch.tensor([[u, d] for u, d in zip(upper[1:-1], lower[1:-1])], device=self.device)
         gap = (self.points[list(lower[1:-1]), 1] - self.points[list(upper[1:-1]), 1]).mean().float()
@@ -857,8 +866,7 @@ class Scene:
         if opening.cavity is None:
             inside = self._eyeball(opening, displacement, turn, shift)
         else:
-            inside = self._mouth(opening, displacement, turn, shift)
-            inside = inside * (1.0 - openings.SHADOW * upper[:, 4:5])
+            inside = self._mouth(opening, displacement, turn, shift, 1.0 - openings.SHADOW * upper[:, 4:5])
         behind = torch.lerp(inside, lower[:, :3], lower[:, 3:4])
         return torch.lerp(behind, upper[:, :3], upper[:, 3:4])
 
@@ -884,11 +892,12 @@ class Scene:
         stretch = 1.0 + soft_limit((gap / opening.gap.clamp(min=1.0)).clamp(min=0.0)[:, None], 0.2, 0.4)[:, 0]
         return look_up(opening.patch.texture, self._carried(opening, turn, shift, stretch=stretch))
 
-    def _mouth(self, opening: Opening, displacement: Tensor, turn: Tensor, shift: Tensor) -> Tensor:
+    def _mouth(self, opening: Opening, displacement: Tensor, turn: Tensor, shift: Tensor, light: Tensor) -> Tensor:
+        """light [b, 1, h, w]: what the upper lip's shadow leaves."""
         jaw = look_up(opening.jaw_texture, self._carried(opening, turn, shift, JAW_SHARE * displacement[:, LOWER_LIP_MIDDLE].mean(dim=1)))
         head = look_up(opening.head_texture, self._carried(opening, turn, shift))
-        behind = torch.lerp(opening.cavity[None, :, None, None], jaw[:, :3], jaw[:, 3:])
-        return torch.lerp(behind, head[:, :3], head[:, 3:])
+        behind = torch.lerp(opening.cavity[None, :, None, None], jaw[:, :3], jaw[:, 3:]) * light
+        return torch.lerp(behind, head[:, :3] * (light / head[:, 4:]).clamp(max=1.0), head[:, 3:4])
 
 
 PRESSED = 0.025  # inter-ocular distances that closed edges overlap, so that nothing shines through

@@ -111,7 +111,7 @@ def paint_mouth(
     gets a row of teeth of average size, as white as the portrait's eyes.
     Args: points [h, w, 2] positions of the texture's pixels; feather as in `layer_masks`; white, lips [3] colours 0..255; own: the portrait's
     colours at `points` [h, w, 3] and the share of its upper teeth (see `Teeth`), when its lips are apart.
-    Returns: head [1, 4, h, w], colour and alpha of what the skull carries (upper teeth); jaw [1, 4, h, w], of what the jaw
+    Returns: head [1, 5, h, w], colour and alpha of what the skull carries (upper teeth) and the light already on it; jaw [1, 4, h, w], of what the jaw
     carries (lower teeth, tongue); cavity [3], the dark behind.
     """
     p, q = outline.to_axes(points).unbind(dim=-1)
@@ -119,21 +119,28 @@ def paint_mouth(
     top, bottom = (float(edge) for edge in outline.edges(torch.zeros((), dtype=torch.float64)))
     cavity = torch.tensor([52.0, 18.0, 18.0], dtype=torch.float64) * float(white.mean()) / 255.0
     tongue = _tongue(p, q, bottom, unit, 0.62 * lips + 0.2 * cavity)
-    lower_row = _teeth(p, -q, 0.01 * unit - bottom, unit, 0.6 * white, cavity, scale=0.68)
-    jaw = over(lower_row, tongue)
+    lower_row = _teeth(p, -q, -bottom, unit, 0.58 * white, cavity, scale=0.68)
+    # The wet inside of the lower lip, which keeps a narrow gap under the teeth from looking like an outline.
+    rim = smoothstep((q - lower_edge) / (0.05 * unit) + 1.0) * smoothstep((0.1 * unit - outline.beyond(p)) / (0.1 * unit))
+    inner_lip = torch.cat([(0.55 * lips + 0.2 * cavity).expand(*p.shape, 3), 0.9 * rim[..., None]], dim=-1)
+    jaw = over(inner_lip, over(lower_row, tongue))
+    light = torch.ones_like(p)
     if own is None:
         head = _teeth(p, q, top + 0.05 * unit, unit, white, cavity)
     else:
         colours, upper_share = own
-        inside = (torch.minimum(q - upper_edge, lower_edge - q) + 3.0 * feather + outline.beyond(p)).clamp(0.0, 1.0)
+        # Above the teeth a strip of lip stands in for the gums, should the upper lip rise farther than in the portrait.
+        depth = torch.minimum(q - upper_edge + 0.05 * unit, lower_edge - q)
+        inside = (depth + 3.0 * feather + outline.beyond(p)).clamp(0.0, 1.0)
         inside = inside * smoothstep((0.08 * unit - outline.beyond(p)) / (0.03 * unit))
-        # The portrait's own shadow is in its colours; the one drawn over them later must not count twice.
-        colours = colours / (1.0 - SHADOW * shadow_under(q - upper_edge, unit))[..., None]
+        # The portrait's own shadow is in its colours: the one drawn over them must not count twice.
+        light = 1.0 - SHADOW * shadow_under(q - upper_edge, unit)
         head = torch.cat([colours, inside[..., None]], dim=-1)
         if upper_share < 1.0:
             below = (q - upper_edge - upper_share * (lower_edge - upper_edge)) / (2.0 * feather)
             head[..., 3] *= (0.5 - below).clamp(0.0, 1.0)
             jaw = torch.cat([colours, (inside * (1.5 + below).clamp(0.0, 1.0))[..., None]], dim=-1)
+    head = torch.cat([head, light[..., None]], dim=-1)
     return head.permute(2, 0, 1)[None], jaw.permute(2, 0, 1)[None], cavity
 
 
