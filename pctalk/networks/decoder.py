@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from einops import rearrange
@@ -131,7 +132,7 @@ class DecoderLayer(nn.Module):
         """Args: x [rows, n, dim] (see `Attention`); cross: what these frames draw from the memory, of the same shape."""
         x = self.norm1(x + self.self_attn(x, cache))
         x = self.norm2(x + cross)
-        return self.norm3(x + self.linear2(F.relu(self.linear1(x))))
+        return self.norm3(x + self.linear2(self.linear1(x).relu_()))
 
 
 class Decoder(nn.Module):
@@ -203,6 +204,18 @@ class MotionDecoder(nn.Module):
             raise ValueError(f"A window of {frames} frames was given, expected 1 to {self.window}: split longer sequences.")
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Run on one processor core. A step multiplies a handful of rows, too little to share: threads gain nothing, and where
+    another program is busy every product waits for the slower one, which makes decoding 30 times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class PreparedDecoder:
     """A MotionDecoder made ready to decode, frame by frame, with everything computed that no prediction changes.
 
@@ -217,21 +230,25 @@ class PreparedDecoder:
         self.layer = network.transformer_decoder.layers[0]
         attention = self.layer.self_attn
         self.heads = attention.heads
-        dim, head_dim = style.shape[1], style.shape[1] // self.heads
-        query, key, value = attention.in_proj_weight.unflatten(0, (3, dim))
-        query_bias, key_bias, value_bias = attention.in_proj_bias.unflatten(0, (3, dim))
-        scale = head_dim**-0.5
-        out = attention.out_proj.weight.unflatten(1, (self.heads, head_dim)).transpose(0, 1)  # [heads, dim, head_dim]
-        value = (out @ value.unflatten(0, (self.heads, head_dim))).flatten(0, 1)  # [heads dim, dim]
-        value_bias = (out @ value_bias.unflatten(0, (self.heads, head_dim, 1))).flatten()
-        maps = torch.cat([torch.eye(dim, device=style.device), query * scale, key, value])
-        bias = torch.cat([attention.out_proj.bias, query_bias * scale, key_bias, value_bias])
-        self.sizes = (dim, dim, dim, self.heads * dim)
-
-        constant = style + network.PPE(0, network.window)[:, None]  # [window, rows, dim]
+        dim = style.shape[1]
+        constant = style + network.PPE(0, network.window)[:, None]  # c_i [window, rows, dim]
         constant[1:] += network.vertice_map.bias
-        self.constants = F.linear(constant, maps, bias)  # [window, rows, (3 + heads) dim]
-        self.weight = (maps @ network.vertice_map.weight).t().contiguous()  # [outputs, (3 + heads) dim]
+        inputs = torch.cat([constant.flatten(0, 1), network.vertice_map.weight.t()])  # c_i and the columns of M
+        query, key, value = F.linear(inputs, attention.in_proj_weight).chunk(3, dim=-1)
+        brought = self._brought_out(value)
+        maps = torch.cat([inputs, query * (dim // self.heads) ** -0.5, key, brought], dim=-1)
+        query, key, value = attention.in_proj_bias.chunk(3)
+        brought = self._brought_out(value[None])[0]
+        bias = torch.cat([attention.out_proj.bias, query * (dim // self.heads) ** -0.5, key, brought])
+        self.sizes = (dim, dim, dim, self.heads * dim)
+        steps = constant.shape[0] * constant.shape[1]
+        self.constants = (maps[:steps] + bias).unflatten(0, constant.shape[:2])  # [window, rows, (3 + heads) dim]
+        self.weight = maps[steps:]  # [outputs, (3 + heads) dim]
+
+    def _brought_out(self, values: Tensor) -> Tensor:
+        """Each head's values through its part of the output projection: [n, dim] to [n, heads dim]."""
+        out = self.layer.self_attn.out_proj.weight.unflatten(1, (self.heads, -1))  # [dim, heads, head_dim]
+        return torch.einsum("nhi,dhi->nhd", values.unflatten(1, (self.heads, -1)), out).flatten(1)
 
     def __call__(self, memory: Tensor, warm: Tensor | None = None) -> Tensor:
         """Predict a window frame by frame from its own predictions.
@@ -241,40 +258,45 @@ class PreparedDecoder:
         Returns: [rows, n - w, outputs], the frames after those.
         """
         self.network.check_window(memory.shape[1])
-        with torch.inference_mode():
+        with torch.inference_mode(), _one_thread():
             outputs = self._decode(memory, warm)
         return outputs.clone()  # outside inference mode, so that it may take part in training
 
     def _decode(self, memory: Tensor, warm: Tensor | None) -> Tensor:
         rows, frames, dim = memory.shape
-        heads, layer, network = self.heads, self.layer, self.network
-        cross = layer.multihead_attn.diagonal(memory.transpose(0, 1))  # [n, rows, dim]
-        keys = memory.new_empty(rows, heads, frames, dim // heads)
-        values = memory.new_empty(rows, frames, heads, dim)
+        heads, layer, out = self.heads, self.layer, self.network.vertice_map_r
+        cross = layer.multihead_attn.diagonal(memory.transpose(0, 1).contiguous()).unbind()  # n times [rows, dim]
+        constants = self.constants.unbind()
+        keys = memory.new_empty(frames, rows * heads, dim // heads)
+        values = memory.new_empty(frames, rows * heads, dim)
+        new_keys, new_values = keys.view(frames, rows, -1).unbind(), values.view(frames, rows, -1).unbind()
 
         # The tokens known beforehand: the style alone, then the warm frames.
         known = 1 if warm is None else 1 + warm.shape[1]
         tokens = self.constants[:known].clone()
         if warm is not None:
             tokens[1:] += warm.transpose(0, 1) @ self.weight
-        _, _, key, value = tokens.split(self.sizes, dim=-1)
-        keys[:, :, :known] = key.unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)
-        values[:, :known] = value.unflatten(-1, (heads, dim)).transpose(0, 1)
-        token = tokens[-1]
+        x, query, key, value = tokens.split(self.sizes, dim=-1)
+        keys[:known] = key.reshape(known, rows * heads, -1)
+        values[:known] = value.reshape(known, rows * heads, -1)
+        x, query = x[-1], query[-1]
 
+        # Every operation costs some microseconds here, so the layers' own functions are called on their weights.
+        norms = [((dim,), norm.weight, norm.bias, norm.eps) for norm in (layer.norm1, layer.norm2, layer.norm3)]
+        up, down, back = (linear.weight.t() for linear in (layer.linear1, layer.linear2, out))
         outputs = []
         for frame in range(known - 1, frames):
             if outputs:
-                token = torch.addmm(self.constants[frame], outputs[-1], self.weight)
-                _, _, key, value = token.split(self.sizes, dim=-1)
-                keys[:, :, frame] = key.view(rows, heads, -1)
-                values[:, frame] = value.view(rows, heads, dim)
-            x, query, _, _ = token.split(self.sizes, dim=-1)
+                token = torch.addmm(constants[frame], outputs[-1], self.weight)
+                x, query, key, value = token.split(self.sizes, dim=-1)
+                new_keys[frame].copy_(key)
+                new_values[frame].copy_(value)
             seen = frame + 1
-            scores = keys[:, :, :seen] @ query.view(rows, heads, -1, 1)  # [rows, heads, seen, 1]
-            share = scores.softmax(dim=2).transpose(1, 2).reshape(rows, 1, seen * heads)
-            x = layer.norm1(x + (share @ values[:, :seen].view(rows, seen * heads, dim))[:, 0])
-            x = layer.norm2(x + cross[frame])
-            x = layer.norm3(x + layer.linear2(F.relu(layer.linear1(x))))
-            outputs.append(network.vertice_map_r(x))
+            scores = torch.bmm(query.reshape(rows * heads, 1, -1), keys[:seen].permute(1, 2, 0))
+            attended = torch.bmm(scores.softmax(dim=-1), values[:seen].transpose(0, 1))
+            x = torch.layer_norm(attended.view(rows, heads, dim).sum(dim=1) + x, *norms[0])
+            x = torch.layer_norm(x + cross[frame], *norms[1])
+            hidden = torch.addmm(layer.linear1.bias, x, up).relu_()
+            x = torch.layer_norm(torch.addmm(layer.linear2.bias, hidden, down) + x, *norms[2])
+            outputs.append(torch.addmm(out.bias, x, back))
         return torch.stack(outputs, dim=1)
