@@ -8,7 +8,8 @@ fit, 0.2 s before the sound does. Here the last mel frame is held instead, so th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -142,12 +143,12 @@ def mel_windows(mel: Tensor, frames: int, first: int = 0) -> Tensor:
     return mel[index.clamp(max=mel.shape[0] - 1)].transpose(1, 2)[:, None]
 
 
-def loudness_envelope(waveform: Tensor) -> Tensor:
-    """Loudness at 25 frames a second: waveform [N] at 16 kHz to [frame_count(N / 16000, 25)].
+def loudness_envelope(waveform: Tensor, frames: int | None = None) -> Tensor:
+    """Loudness at 25 frames a second: waveform [N] at 16 kHz to [frames] (default: frame_count(N / 16000, 25)).
 
     In dB relative to full scale: RMS of the 1280 samples around the middle of each frame (those that exist), at least -80.
     """
-    frames = frame_count(waveform.shape[0] / SAMPLE_RATE, FPS)
+    frames = frame_count(waveform.shape[0] / SAMPLE_RATE, FPS) if frames is None else frames
     hop = round(SAMPLE_RATE / FPS)
     before = (LOUDNESS_WINDOW - hop) // 2
     after = max(0, (frames - 1) * hop + LOUDNESS_WINDOW - before - waveform.shape[0])
@@ -157,6 +158,20 @@ def loudness_envelope(waveform: Tensor) -> Tensor:
     )
     mean_square = square / exists
     return (10.0 * mean_square.clamp(min=1e-30).log10()).clamp(min=LOUDNESS_FLOOR)
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Convolutions in float32 on CUDA, where cuDNN would round their inputs to TF32: the features steer all that follows."""
+    if device.type != "cuda":
+        yield
+        return
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
 
 
 @torch.no_grad()
@@ -178,11 +193,11 @@ def encode_speech(
     encoder = audio_encoder.folded()
     mel = mel_spectrogram(mono).to(next(encoder.parameters()).device)
     features = []
-    for first in range(0, frames, ENCODE_CHUNK):
-        count = min(ENCODE_CHUNK, frames - first)
-        windows = mel_windows(mel, count, first).contiguous(memory_format=torch.channels_last)
-        features.append(encoder(windows).to(waveform.device))
-        if progress is not None:
-            progress(first + count, frames)
-    loudness = loudness_envelope(mono)
-    return Speech(torch.cat(features), loudness, FPS, seconds)
+    with _full_precision(mel.device):
+        for first in range(0, frames, ENCODE_CHUNK):
+            count = min(ENCODE_CHUNK, frames - first)
+            windows = mel_windows(mel, count, first).contiguous(memory_format=torch.channels_last)
+            features.append(encoder(windows).to(waveform.device))
+            if progress is not None:
+                progress(first + count, frames)
+    return Speech(torch.cat(features), loudness_envelope(mono, frames), FPS, seconds)
