@@ -46,8 +46,8 @@ class LACDeform(io.ComfyNode):
                     default=0,
                     min=0,
                     max=9999,
-                    tooltip="Whose way of articulating. The published model recommends 192, 166 and 202. Out of range, the node says "
-                    "which there are.",
+                    tooltip="Whose way of articulating. The published model recommends 192, 166 and 202. An error names "
+                    "the range when there is no such style.",
                 ),
                 io.Float.Input(
                     "amplitude",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -70,7 +69,7 @@ class KeypointExtract(io.ComfyNode):
         renderer.load()
         given = None if landmarks is None else chosen_landmarks(landmarks, face_index, image)
         portrait, keypoints = renderer.model.extract(image, face_index=face_index, crop_scale=crop_scale, landmarks=given)
-        return io.NodeOutput(_moved(portrait, intermediate_device()), keypoints.to(intermediate_device()))
+        return io.NodeOutput(portrait, keypoints.to(intermediate_device()))
 
 
 def chosen_landmarks(landmarks: dict[str, Any], face_index: int, image: Tensor) -> list[Tensor | None]:
@@ -171,22 +170,14 @@ class WarpDecode(io.ComfyNode):
         remedy = "shorten the audio, shrink the portrait or turn paste_back off"
         images, mask = empty_images(keypoints.frames, height, width, remedy, with_mask=True)
 
-        device = renderer.load()
+        renderer.load()
         progress = Progress()
         progress(0, keypoints.frames)
-        chunks = renderer.model.render(
-            _moved(portrait, device), keypoints.to(device), paste_back=paste_back, stitching=stitching, batch=batch
-        )
         done = 0
-        for chunk in chunks:
+        for chunk in renderer.model.render(portrait, keypoints, paste_back=paste_back, stitching=stitching, batch=batch):
             rows = slice(done, done + len(chunk.frames))
-            torch.div(chunk.frames[:, :height, :width], 255.0, out=images[rows])
+            images[rows].copy_(chunk.frames[:, :height, :width]).div_(255.0)
             mask[rows] = chunk.mask[:, :height, :width]
             done = rows.stop
             progress(done, keypoints.frames)
         return io.NodeOutput(images, mask, fps)
-
-
-def _moved(portrait: Portrait, device: torch.device) -> Portrait:
-    features = {name: tensor.to(device) for name, tensor in portrait.features.items()}
-    return replace(portrait, frames=portrait.frames.to(device), features=features)

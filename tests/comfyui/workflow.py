@@ -6,7 +6,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-FOLDER = Path(__file__).parents[2] / "example_workflows"
+PACK = Path(__file__).parents[2]
+FOLDER = PACK / "example_workflows"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 FRONTEND_ONLY = {"Note", "MarkdownNote"}
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}

@@ -1,0 +1,178 @@
+"""The example workflows, executed by the server as they are, and the videos that come out of them."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import numpy as np
+import pytest
+import torch
+import workflow
+from PIL import Image
+
+from pctalk.faces import Face, FaceFinder
+from pctalk.media import read_audio
+from pctalk.speech import load_mono, loudness_envelope
+
+INNER_LIPS = (13, 14)
+MOUTH_CORNERS = (61, 291)
+EYE_CORNERS = (33, 263)
+INNER_BROWS = (55, 285)
+INNER_EYES = (133, 362)
+SPOKEN = -35.0  # dB
+
+
+class Video(NamedTuple):
+    codec: str
+    pixel_format: str
+    rate: Fraction
+    frames: np.ndarray  # uint8 [T, H, W, 3]
+    sound_codec: str
+    sound: np.ndarray  # [N], the channels' mean
+    sound_rate: int
+
+
+def read(path: Path) -> Video:
+    with av.open(str(path)) as file:
+        stream = file.streams.video[0]
+        frames = np.stack([frame.to_ndarray(format="rgb24") for frame in file.decode(stream)])
+        head = stream.codec_context.name, stream.codec_context.pix_fmt, stream.average_rate
+    with av.open(str(path)) as file:
+        stream = file.streams.audio[0]
+        sound = np.concatenate([frame.to_ndarray().mean(0) for frame in file.decode(stream)])
+        return Video(*head, frames, stream.codec_context.name, sound, stream.rate)
+
+
+@pytest.fixture(scope="module")
+def runs(server, example) -> dict:
+    return {name: server.run(example(name)) for name in workflow.NAMES}
+
+
+@pytest.fixture(scope="module")
+def videos(server, example, runs) -> dict[str, Video]:
+    def saved_by(name: str) -> dict:
+        return runs[name].outputs[workflow.node_id(example(name), "SaveVideo")]["images"][0]
+
+    return {name: read(server.file(saved_by(name))) for name in workflow.NAMES}
+
+
+@pytest.fixture(scope="module")
+def speech(media) -> tuple[np.ndarray, int]:
+    waveform, rate = read_audio(media / "pctalk_speech.flac")
+    return waveform.mean(0).numpy(), rate
+
+
+@pytest.fixture(scope="module")
+def loudness(speech) -> np.ndarray:
+    """dB per video frame."""
+    waveform, rate = speech
+    return loudness_envelope(load_mono(torch.from_numpy(waveform), rate)).numpy()
+
+
+@pytest.fixture(scope="module")
+def faces(videos) -> dict[str, list[Face]]:
+    finder = FaceFinder.from_assets()
+    return {name: finder.track(torch.from_numpy(video.frames)) for name, video in videos.items()}
+
+
+def distance(face: Face, pair: tuple[int, int]) -> float:
+    """Between two landmarks, as a fraction of that between the outer eye corners."""
+    points = face.landmarks[:, :2]
+    return float((points[pair[0]] - points[pair[1]]).norm() / (points[EYE_CORNERS[0]] - points[EYE_CORNERS[1]]).norm())
+
+
+@pytest.mark.parametrize("name", workflow.NAMES)
+def test_video_has_the_portraits_size_and_the_speechs_length(videos, speech, name):
+    video = videos[name]
+    waveform, rate = speech
+    assert (video.codec, video.pixel_format) == ("h264", "yuv420p")
+    assert video.rate == 25
+    assert video.frames.shape[1:] == (320, 320, 3)
+    assert abs(len(video.frames) / 25 - len(waveform) / rate) <= 0.5 / 25
+
+
+@pytest.mark.parametrize("name", workflow.NAMES)
+def test_sound_track_is_the_speech(videos, speech, name):
+    video = videos[name]
+    waveform, rate = speech
+    assert (video.sound_codec, video.sound_rate) == ("aac", rate)
+    heard = video.sound[: len(waveform)]
+    spectrum = np.fft.rfft(heard, 2 * len(waveform)).conj() * np.fft.rfft(waveform, 2 * len(waveform))
+    lags = np.fft.irfft(spectrum)
+    lag = int(np.argmax(lags))
+    lag -= 2 * len(waveform) * (lag > len(waveform))
+    assert abs(lag) / rate < 0.005
+    assert lags.max() / np.linalg.norm(heard) / np.linalg.norm(waveform) > 0.9
+
+
+@pytest.mark.parametrize("name", workflow.NAMES)
+def test_face_moves_where_speech_is_and_background_holds_still(videos, faces, loudness, name):
+    frames = videos[name].frames.astype(np.float32)
+    left, top, right, bottom = faces[name][0].box.round().int().tolist()
+    mouth = frames[:, (top + bottom) // 2 : bottom, left:right]
+    change = np.abs(np.diff(mouth, axis=0)).mean((1, 2, 3))
+    spoken = loudness[1:] > SPOKEN
+    assert change[spoken].mean() > 1.5 * change[~spoken].mean()
+    assert np.abs(np.diff(frames[:, :60, :60], axis=0)).mean() < 0.5  # what H.264 leaves of a still background
+
+
+def test_lips_open_with_loudness(faces, loudness):
+    opening = np.array([distance(face, INNER_LIPS) for face in faces["talking_portrait"]])
+    level = np.maximum(loudness, -50.0)
+    correlation = max(np.corrcoef(opening, np.roll(level, lag))[0, 1] for lag in range(-2, 3))
+    assert correlation > 0.4
+    assert np.percentile(opening, 95) - np.percentile(opening, 5) > 0.05
+
+
+def test_mixed_emotions_show_in_their_regions(server, example, faces, kept):
+    """Against the same graph with both emotions at 0: a wider mouth under brows that come up and together."""
+    prompt = example("mixed_emotions")
+    for node in prompt.values():
+        if node["class_type"] == "PCTalk_EMCDeform":
+            node["inputs"]["intensity"] = 0.0
+    prompt["keep"] = {
+        "class_type": "ProbeKeep",
+        "inputs": {"value": [workflow.node_id(prompt, "PCTalk_WarpDecode"), 0], "name": "neutral"},
+    }
+    neutral_frames = torch.from_numpy(kept(prompt, "neutral")["value"]).mul(255).round().byte()
+    neutral = FaceFinder.from_assets().track(neutral_frames[::5])
+    mixed = faces["mixed_emotions"][::5]
+
+    def mean(of: list[Face], pair: tuple[int, int]) -> float:
+        return float(np.mean([distance(face, pair) for face in of]))
+
+    def lift(of: list[Face]) -> float:
+        pairs = zip(INNER_BROWS, INNER_EYES, strict=True)
+        return float(np.mean([mean(of, pair) for pair in pairs]))
+
+    assert mean(mixed, MOUTH_CORNERS) > mean(neutral, MOUTH_CORNERS) + 0.02
+    assert lift(mixed) > lift(neutral) + 0.01
+
+
+def test_preview_of_the_plot(server, runs, example):
+    reference = runs["mixed_emotions"].outputs[workflow.node_id(example("mixed_emotions"), "PreviewImage")]["images"][0]
+    with Image.open(server.file(reference)) as picture:
+        assert picture.size == (1280, 720)
+
+
+@pytest.mark.parametrize("name", workflow.NAMES)
+def test_second_run_is_cached(server, example, runs, name):
+    prompt = example(name)
+    server.run(prompt)
+    again = server.run(prompt)
+    assert again.cached == prompt.keys()
+    assert again.seconds < 1.0
+
+
+def test_changing_one_emotion_runs_only_what_depends_on_it(server, example):
+    prompt = example("talking_portrait")
+    server.run(prompt)
+    changed = example("talking_portrait")
+    emotion = workflow.node_id(changed, "PCTalk_EMCDeform")
+    changed[emotion]["inputs"]["intensity"] = 0.25
+    run = server.run(changed)
+    ran = {changed[number]["class_type"] for number in changed.keys() - run.cached}
+    assert ran == {"PCTalk_EMCDeform", "PCTalk_AddDeformations", "PCTalk_WarpDecode", "CreateVideo", "SaveVideo"}
