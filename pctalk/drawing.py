@@ -45,8 +45,8 @@ def draw_keypoints(portrait: Portrait, keypoints: Keypoints) -> Iterator[Tensor]
         for part, members in PARTS.items():
             for k in members:
                 x, y = centers[k]
-                draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=COLORS[part], outline=BACKGROUND)
-                draw.text((x + 6, y - 7), str(k), fill=COLORS[part], font=font)
+                draw.ellipse((x - 5, y - 5, x + 5, y + 5), fill=COLORS[part], outline=BACKGROUND)
+                draw.text((x + 7, y - 7), str(k), fill=COLORS[part], font=font)
         yield torch.from_numpy(np.array(picture))
 
 

@@ -39,9 +39,21 @@ def object_info(server) -> dict:
 def media(server) -> Path:
     """The server's input folder, with the example portrait and speech under the names that the examples use."""
     folder = server.base / "input"
+    put_media(folder)
+    return folder
+
+
+def put_media(folder: Path) -> None:
     for name in ("portrait.jpg", "speech.flac"):
         shutil.copy(PACK / "web" / "examples" / name, folder / f"pctalk_{name}")
-    return folder
+
+
+@pytest.fixture
+def input_without_media(media) -> Iterator[Path]:
+    for file in media.glob("pctalk_*"):
+        file.unlink()
+    yield media
+    put_media(media)
 
 
 @pytest.fixture(scope="session")

@@ -90,30 +90,27 @@ def screenshot(page, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", workflow.NAMES)
-def test_example_opens_whole_and_brings_its_media(server, page, name):
-    for file in server.base.glob("input/pctalk_*"):
-        file.unlink()
+def test_example_opens_whole_and_brings_its_media(input_without_media, page, name):
     open_example(page, name)
     assert page.evaluate("() => app.graph.nodes.filter((node) => node.has_errors).length") == 0
     missing = "() => app.graph.nodes.map((node) => node.type).filter((type) => !(type in LiteGraph.registered_node_types))"
     assert page.evaluate(missing) == []
     for own, copied in (("portrait.jpg", "pctalk_portrait.jpg"), ("speech.flac", "pctalk_speech.flac")):
         original = workflow.PACK / "web" / "examples" / own
-        assert (server.base / "input" / copied).read_bytes() == original.read_bytes()
+        assert (input_without_media / copied).read_bytes() == original.read_bytes()
     page.wait_for_timeout(500)
     assert page.get_by_text("errors found").count() == 0
     screenshot(page, name)
     assert page.errors == []
 
 
-def test_files_of_the_user_are_never_overwritten(server, page):
-    mine = server.base / "input" / "pctalk_portrait.jpg"
+def test_files_of_the_user_are_never_overwritten(input_without_media, page):
+    mine = input_without_media / "pctalk_portrait.jpg"
     mine.write_bytes(b"mine")
     open_example(page, "talking_portrait")
     page.wait_for_timeout(500)
     assert mine.read_bytes() == b"mine"
-    assert sorted(file.name for file in server.base.glob("input/pctalk_*")) == ["pctalk_portrait.jpg", "pctalk_speech.flac"]
-    mine.unlink()
+    assert {file.name for file in input_without_media.glob("pctalk_*")} == {"pctalk_portrait.jpg", "pctalk_speech.flac"}
 
 
 def test_sockets_have_their_colours_under_every_palette(page):
@@ -161,7 +158,7 @@ def test_more_rows_keep_what_is_connected(page):
     assert "rows.deformation_2" in mix and "rows.deformation_3" not in mix
 
 
-def test_run_shows_the_video(page):
+def test_run_shows_the_video(media, page):
     open_example(page, "talking_portrait")
     page.get_by_role("button", name="Run", exact=True).first.click()
     video = page.locator("video").first
