@@ -113,13 +113,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.set_defaults(run=_verify)
     verify.add_argument("folder", type=Path, metavar="DIR", help="the folder with the golden .safetensors files")
+    verify.add_argument(
+        "--device", type=_device, default="cpu", help="where to compute, such as cpu, cuda or mps (default cpu)"
+    )
 
     bench = commands.add_parser(
         "bench", help="measure speed and memory", description="Measure speed and memory on this machine."
     )
     bench.set_defaults(run=_bench)
     bench.add_argument("--long", action="store_true", help="also measure memory over a 10-minute recording (takes minutes)")
-    bench.add_argument("--runs", type=int, default=3, metavar="N", help="repeat each measurement and show medians (default 3)")
+    bench.add_argument("--runs", type=_count, default=3, metavar="N", help="repeat each measurement and show medians (default 3)")
 
     # Listed here for the help text; its own arguments are read by the training code.
     commands.add_parser("train", help="train the starter motion model")
@@ -158,11 +161,26 @@ def _number(text: str) -> float:
     return value
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of runs, give 1 or more")
+    return int(text)
+
+
 def _frame_rate(text: str):
     try:
         return frame_rate(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _device(text: str):
+    import torch
+
+    try:
+        return torch.zeros(1, device=text).device
+    except (RuntimeError, AssertionError):  # torch raises either for a name it doesn't know or a device that isn't there
+        raise argparse.ArgumentTypeError(f"{text!r} is no device of this machine, choose cpu, cuda or mps") from None
 
 
 def _talk(options: argparse.Namespace) -> int:
@@ -230,8 +248,7 @@ def _progress_bar():
 def _verify(options: argparse.Namespace) -> int:
     from .evaluate.golden import verify
 
-    rows = verify(options.folder, "cpu")
-    return 0 if all(row.ok for row in rows) else FAILED
+    return 0 if all(row.ok for row in verify(options.folder, options.device)) else FAILED
 
 
 def _bench(options: argparse.Namespace) -> int:

@@ -346,3 +346,51 @@ def test_help_and_version(capsys):
             main(arguments)
         assert stopped.value.code == 0
     assert "--articulation" in capsys.readouterr().out
+
+
+# The other commands
+
+
+def test_verify_prints_every_tensor_and_fails_above_the_tolerance(tmp_path, capsys):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    original = ROOT / "tests" / "golden" / "emc.safetensors"
+    (tmp_path / original.name).write_bytes(original.read_bytes())
+    assert main(["verify", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) >= 4 and all(line.startswith("emc.safetensors") and line.endswith("ok") for line in lines)
+    with safe_open(original, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        metadata = file.metadata()
+    tensors["happy"] = tensors["happy"] + 0.01 * tensors["happy"].std()
+    save_file(tensors, tmp_path / original.name, metadata)
+    assert main(["verify", str(tmp_path)]) == 1
+    assert "TOO LARGE" in capsys.readouterr().out
+
+
+def test_verify_says_what_is_wrong_with_its_input(tmp_path, capsys):
+    for folder, expected in ((tmp_path, "no golden file"), (tmp_path / "absent", "no folder")):
+        assert main(["verify", str(folder)]) == 2
+        assert expected in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        main(["verify", str(tmp_path), "--device", "abacus"])
+    assert stopped.value.code == 2 and "no device of this machine" in capsys.readouterr().err
+
+
+def test_bench_passes_its_options_on(monkeypatch):
+    from pctalk.evaluate import bench
+
+    calls = []
+    monkeypatch.setattr(bench, "bench", lambda **options: calls.append(options))
+    assert main(["bench", "--long", "--runs", "5"]) == 0
+    assert calls == [{"runs": 5, "long": True}]
+
+
+def test_train_hands_over_to_the_training(monkeypatch):
+    from pctalk.train import starter
+
+    calls = []
+    monkeypatch.setattr(starter, "main", lambda arguments: calls.append(arguments) or 0)
+    assert main(["train", "--work", "somewhere", "--quick"]) == 0
+    assert calls == [["--work", "somewhere", "--quick"]]
