@@ -122,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     bench.set_defaults(run=_bench)
     bench.add_argument("--long", action="store_true", help="also measure memory over a 10-minute recording (takes minutes)")
-    bench.add_argument("--runs", type=_count, default=3, metavar="N", help="repeat each measurement and show medians (default 3)")
+    bench.add_argument("--runs", type=_count, default=3, metavar="N", help="measure N times, show medians (default 3)")
 
     # Listed here for the help text; its own arguments are read by the training code.
     commands.add_parser("train", help="train the starter motion model")

@@ -1,9 +1,13 @@
 """The parts of the benchmark; its figures are no test's business."""
 
 import numpy as np
+import pytest
 import torch
+from test_cli import PORTRAIT
+from test_talk import Dial
 
-from pctalk.evaluate.bench import EXAMPLES, Row, _repeated, import_time, memory_in_use, table
+from pctalk.evaluate.bench import EXAMPLES, Row, _repeated, chain_rows, import_time, memory_in_use, table
+from pctalk.evaluate.reference import random_motion_model
 from pctalk.media import read_audio
 
 
@@ -12,6 +16,17 @@ def test_the_table_is_markdown():
     assert len(lines) == 4 and len(set(map(len, lines))) == 1
     assert [cell.strip() for cell in lines[2].strip("|").split("|")] == ["Whole chain", "41.0 frames/s", ">= 30 frames/s"]
     assert set(lines[1]) == {"|", "-"} and "CPU cores" in lines[0]
+
+
+def test_the_chain_is_measured_by_stage():
+    model = random_motion_model(dim=32, ff_dim=64, styles=2)
+    rows = chain_rows(model, Dial(), PORTRAIT, EXAMPLES / "speech.flac", runs=2)
+    chains = [row for row in rows if row.name.startswith("Whole chain")]
+    assert [row.name.split(",")[1:] for row in chains] == [[" 32 x 32 crop", " 9.1 s"], [" 320 x 320 whole picture", " 9.1 s"]]
+    assert all(float(row.value.removesuffix(" frames/s")) > 0 for row in chains)
+    assert sum(float(row.value.split("(")[-1].removesuffix("%)")) for row in rows if "%" in row.value) == pytest.approx(
+        200, abs=10
+    )
 
 
 def test_a_long_recording_repeats_the_short_one(tmp_path):

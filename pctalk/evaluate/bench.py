@@ -20,8 +20,9 @@ from statistics import median
 
 import torch
 
-from ..checkpoints import load_motion_model
+from ..checkpoints import MotionModel, load_motion_model
 from ..media import AAC_FRAME, read_audio
+from ..render import Renderer
 from ..render.mesh import MeshRenderer
 from ..talk import EmotionRequest, TalkOptions, TalkReport, talk
 from .reference import benchmark_motion
@@ -58,7 +59,7 @@ def bench(runs: int = 3, long: bool = False) -> list[Row]:
         if not file.is_file():
             raise FileNotFoundError(f"{file} is missing: run the benchmark from a checkout of the repository.")
     rows = [
-        *chain_rows(portrait, speech, runs),
+        *chain_rows(load_motion_model(), MeshRenderer.from_assets(), portrait, speech, runs),
         *motion_rows(runs),
         Row("Importing the engine into ComfyUI", f"{import_time(runs):.2f} s", "< 0.5 s"),
     ]
@@ -68,16 +69,15 @@ def bench(runs: int = 3, long: bool = False) -> list[Row]:
     return rows
 
 
-def chain_rows(portrait: Path, speech: Path, runs: int) -> list[Row]:
-    """The whole chain: as a 512 x 512 crop, and drawn back into the whole portrait."""
-    model, renderer = load_motion_model(), MeshRenderer.from_assets()
+def chain_rows(model: MotionModel, renderer: Renderer, portrait: Path, speech: Path, runs: int) -> list[Row]:
+    """The whole chain: as the crop of 512 x 512, and drawn back into the whole portrait."""
     rows = []
     for paste_back in (False, True):
         options = TalkOptions(OPTIONS.emotions, paste_back=paste_back)
         reports = [_talk(portrait, speech, model, renderer, options) for _ in range(runs)]
         typical = sorted(reports, key=lambda report: report.elapsed)[len(reports) // 2]
         size = " x ".join(map(str, typical.size))
-        what = f"{size} {'whole picture' if paste_back else 'crop'}, {typical.frames / typical.fps:.1f} s"
+        what = f"{size} {'whole picture' if paste_back else 'crop'}, {float(typical.frames / typical.fps):.1f} s"
         rows.append(Row(f"Whole chain, {what}", f"{typical.speed:.1f} frames/s", ">= 30 frames/s"))
         first = f"{median(report.first_frame for report in reports):.2f} s"
         # Nothing but the models has been loaded before the very first run.
@@ -89,7 +89,7 @@ def chain_rows(portrait: Path, speech: Path, runs: int) -> list[Row]:
     return rows
 
 
-def _talk(portrait: Path, speech: Path, model, renderer, options: TalkOptions) -> TalkReport:
+def _talk(portrait: Path, speech: Path, model: MotionModel, renderer: Renderer, options: TalkOptions) -> TalkReport:
     with tempfile.TemporaryDirectory() as folder:
         return talk(portrait, speech, Path(folder) / "talk.mp4", model, renderer, options)
 
