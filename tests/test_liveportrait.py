@@ -13,7 +13,7 @@ from torch import nn
 from pctalk.faces import FaceFinder, paste_back, paste_mask
 from pctalk.keypoints import Deformation, Keypoints, add_deformations, rotation_matrix
 from pctalk.media import read_image
-from pctalk.networks.liveportrait import blocks, inference
+from pctalk.networks.liveportrait import blocks, inference, winograd
 from pctalk.networks.liveportrait.appearance import AppearanceFeatureExtractor
 from pctalk.networks.liveportrait.generator import SpadeGenerator
 from pctalk.networks.liveportrait.inference import UpsampledConv
@@ -93,10 +93,28 @@ def test_positions_are_resolved_in_single_precision():
 @pytest.mark.parametrize("factor", [2, 4])
 @pytest.mark.parametrize("dims", [2, 3])
 def test_convolution_of_an_upsampled_map(dims, factor):
-    conv = (nn.Conv2d, nn.Conv3d)[dims - 2](3, 5, 3, padding=1)
+    conv = (nn.Conv2d, nn.Conv3d)[dims - 2](3, 6, 3, padding=1).requires_grad_(False)
     x = torch.randn(2, 3, *(4,) * (dims - 2), 6, 7)
-    upsampled = F.interpolate(x, scale_factor=(*(1,) * (dims - 2), factor, factor), mode="nearest")
-    torch.testing.assert_close(UpsampledConv(conv, factor)(x), conv(upsampled), rtol=0, atol=2e-6)
+    expected = conv(F.interpolate(x, scale_factor=(*(1,) * (dims - 2), factor, factor), mode="nearest")).relu()
+    for parts in (1, 2):
+        ours = torch.cat(UpsampledConv(conv, factor, parts)(x).unbind(0), dim=1)
+        torch.testing.assert_close(ours, expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 7), (64, 60)])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_winograd_convolution(dims, size):
+    conv = (nn.Conv2d, nn.Conv3d)[dims - 2](40, 24, 3, padding=1).requires_grad_(False)
+    x = torch.randn(2, 40, *(3,) * (dims - 2), *size)
+    expected = conv.double()(x.double())
+    plain, ours = conv.float()(x), winograd.WinogradConv(conv)(x)
+    assert difference(ours, expected) < max(4.0 * difference(plain, expected), 1e-5)
+
+
+def test_winograd_takes_what_gains_by_it():
+    wide, narrow, single = nn.Conv2d(512, 512, 3, padding=1), nn.Conv2d(64, 64, 3, padding=1), nn.Conv2d(512, 512, 1)
+    assert isinstance(winograd.quicker(wide), winograd.WinogradConv)
+    assert winograd.quicker(narrow) is narrow and winograd.quicker(single) is single
 
 
 def test_heatmaps_as_products():
@@ -135,10 +153,18 @@ def test_motion_inference_form():
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-4)
 
 
-def test_warping_inference_form():
+@pytest.fixture(params=[False, True], ids=["direct", "winograd"])
+def by_winograd(request, monkeypatch) -> bool:
+    """Whether inference forms are to use it; narrow networks then do so in every place that wide ones may."""
+    monkeypatch.setattr(winograd, "WORTHWHILE", 0.0)
+    return request.param
+
+
+def test_warping_inference_form(by_winograd):
     network, volume = narrow_warping(), torch.randn(2, 6, 4, 16, 16)
     source, driving = keypoints(2)
-    plain, fused = network(volume, source, driving), inference.fused_warping(network)(volume, source, driving)
+    plain = network(volume, source, driving)
+    fused = inference.fused_warping(network, winograd=by_winograd)(volume, source, driving)
     assert plain.feature.shape == (2, 16, 16, 16) and plain.deformation.shape == (2, 4, 16, 16, 3)
     for ours, expected in zip(fused, plain, strict=True):
         assert difference(ours, expected) < 5e-5
@@ -160,12 +186,12 @@ def test_standing_still_leaves_the_grid():
     torch.testing.assert_close(deformation[0], blocks.identity_grid(4, 16, 16, device=volume.device))
 
 
-def test_generator_inference_form():
+def test_generator_inference_form(by_winograd):
     network, feature = narrow_generator(), torch.randn(2, 16, 16, 16)
     picture = network(feature)
     assert picture.shape == (2, 3, 128, 128)
     assert picture.min() >= 0.0 and picture.max() <= 1.0
-    assert difference(inference.fused_generator(network)(feature), picture) < 1e-4
+    assert difference(inference.fused_generator(network, winograd=by_winograd)(feature), picture) < 2e-4
 
 
 def test_inference_forms_leave_the_network_alone():

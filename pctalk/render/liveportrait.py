@@ -38,7 +38,8 @@ class LivePortraitRenderer:
     """Draws portraits with the LivePortrait networks; see the module.
 
     Takes the plain networks with their weights loaded and keeps their inference forms.
-    Args: dtype: precision of F, W and G; M and S, which are small and decide where things are, stay in float32.
+    Args: dtype: precision of F, W and G; M and S, which are small and decide where things are, stay in float32; device:
+    what they are to run on, which decides between inference forms (moving them there is the caller's).
     """
 
     name = "liveportrait"
@@ -52,13 +53,15 @@ class LivePortraitRenderer:
         generator: SpadeGenerator,
         stitching: StitchingRetargeting,
         dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
     ) -> None:
+        winograd = torch.device(device).type == "cpu" and dtype == torch.float32
         self.dtype = dtype
         self.face_finder = face_finder
         self.appearance = fused_appearance(appearance).to(dtype)
         self.motion = fused_motion(motion)
-        self.warping = fused_warping(warping).to(dtype)
-        self.generator = fused_generator(generator).to(dtype)
+        self.warping = fused_warping(warping, winograd=winograd).to(dtype)
+        self.generator = fused_generator(generator, winograd=winograd).to(dtype)
         self.stitching = stitching.eval().requires_grad_(False)
         self.networks: dict[str, nn.Module] = {
             "face_finder": self.face_finder,

@@ -7,12 +7,14 @@ Everything here is exact algebra, equal to the plain forms up to floating-point 
 - a sparse motion shifts the whole grid, so sampling it is a product with one interpolation matrix per axis;
 - a Gaussian heatmap is a product of one factor per axis, and the mix of shifted grids is the grid plus the mixed shifts;
 - the learned shortcut of a SPADE block is linear in its shift, so both fold into one convolution;
-- instance statistics of an upsampled map are those of the map.
+- instance statistics of an upsampled map are those of the map;
+- on a CPU in float32, wide 3x3 convolutions take a quarter of the multiplications (see `winograd`).
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from itertools import product
 
 import torch
@@ -25,6 +27,7 @@ from .blocks import ConvNorm, ResBlock3d, identity_grid, sample_volume
 from .generator import SLOPE, Spade, SpadeBlock, SpadeGenerator, SpectralConv2d
 from .motion import MotionExtractor
 from .warping import HEATMAP_VARIANCE, MOTIONS, Warp, WarpingModule
+from .winograd import quicker
 
 
 @torch.no_grad()
@@ -46,15 +49,26 @@ def fused_motion(network: MotionExtractor) -> MotionExtractor:
 
 
 @torch.no_grad()
-def fused_warping(network: WarpingModule) -> FusedWarping:
-    """W for inference, see `FusedWarping`."""
-    return _ready(FusedWarping(network))
+def fused_warping(network: WarpingModule, *, winograd: bool = False) -> FusedWarping:
+    """W for inference, see `FusedWarping`. winograd: for a CPU in float32; takes more memory."""
+    fused = _ready(FusedWarping(network))
+    if winograd:
+        fused.third, fused.merge = quicker(fused.third), quicker(fused.merge)
+        # The innermost maps are so small that reading the larger kernels takes longer than what they save.
+        fused.encoder = nn.ModuleList([*map(quicker, fused.encoder[:-1]), fused.encoder[-1]])
+    return fused
 
 
 @torch.no_grad()
-def fused_generator(network: SpadeGenerator) -> FusedGenerator:
-    """G for inference, see `FusedGenerator`."""
-    return _ready(FusedGenerator(network))
+def fused_generator(network: SpadeGenerator, *, winograd: bool = False) -> FusedGenerator:
+    """G for inference, see `FusedGenerator`. winograd: for a CPU in float32; takes more memory."""
+    fused = _ready(FusedGenerator(network))
+    if winograd:
+        fused.fc = quicker(fused.fc)
+        for block in (*fused.middle, *fused.up):
+            for name, conv in block.named_children():
+                setattr(block, name, quicker(conv))
+    return fused
 
 
 def _ready(module: nn.Module) -> nn.Module:
@@ -67,20 +81,20 @@ def _ready(module: nn.Module) -> nn.Module:
 
 
 class UpsampledConv(nn.Module):
-    """A 3x3 or 3x3x3 convolution of a nearest-upsampled map, computed on the map itself.
+    """A 3x3 or 3x3x3 convolution of a nearest-upsampled map, and ReLU, computed on the map itself.
 
     Of the `factor` output rows that a row of the map becomes, the first sees the row above, the last the row below, and
     those between see that row alone. Per axis this leaves two or three different kernels of one or two taps.
-    [B, C, (D,) H, W] to [B, C', (D,) factor H, factor W].
+    [B, C, (D,) H, W] to [parts, B, C' / parts, (D,) factor H, factor W], the outputs split so that each part is dense.
     """
 
-    def __init__(self, conv: nn.Conv2d | nn.Conv3d, factor: int):
+    def __init__(self, conv: nn.Conv2d | nn.Conv3d, factor: int, parts: int = 1):
         super().__init__()
         first = (range(1), 0, [[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
         between = (range(1, factor - 1), 1, [[1.0, 1.0, 1.0]])
         last = (range(factor - 1, factor), 1, [[1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
         kinds = [first, between, last] if factor > 2 else [first, last]
-        self.factor = factor
+        self.factor, self.parts = factor, parts
         self.phases = []  # (output rows, output columns, first row, first column) of each kernel
         self.kernels = nn.ParameterList()
         self.bias = conv.bias
@@ -95,13 +109,15 @@ class UpsampledConv(nn.Module):
         layout = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
         convolve, depth_padding = (F.conv2d, ()) if x.dim() == 4 else (F.conv3d, (1,))
         padded = F.pad(x, (1, 1, 1, 1))
-        shape = (x.shape[0], self.kernels[0].shape[0], *x.shape[2:-2], height * self.factor, width * self.factor)
-        out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+        batch, outputs = self.parts * x.shape[0], self.kernels[0].shape[0] // self.parts
+        shape = (batch, outputs, *x.shape[2:-2], height * self.factor, width * self.factor)
+        out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout).unflatten(0, (self.parts, -1))
         for kernel, (rows, columns, top, left) in zip(self.kernels, self.phases, strict=True):
             window = padded[..., top : top + height + kernel.shape[-2] - 1, left : left + width + kernel.shape[-1] - 1]
-            part = convolve(window, kernel, self.bias, padding=(*depth_padding, 0, 0))
+            phase = F.relu_(convolve(window, kernel, self.bias, padding=(*depth_padding, 0, 0)))
+            phase = phase.unflatten(1, (self.parts, outputs)).transpose(0, 1)
             for row, column in product(rows, columns):
-                out[..., row :: self.factor, column :: self.factor] = part
+                out[..., row :: self.factor, column :: self.factor] = phase
         return out
 
 
@@ -115,7 +131,7 @@ class FusedSpadeBlock(nn.Module):
         super().__init__()
         norms = [block.norm_0, block.norm_1] + ([block.norm_s] if block.learned_shortcut else [])
         shared = _stacked([norm.mlp_shared[0] for norm in norms])
-        self.shared = UpsampledConv(shared, factor) if factor > 1 else shared
+        self.shared = UpsampledConv(shared, factor, len(norms)) if factor > 1 else shared
         self.norms = len(norms)
         self.modulation_0 = _gain_and_shift(block.norm_0)
         self.modulation_1 = _gain_and_shift(block.norm_1)
@@ -126,7 +142,7 @@ class FusedSpadeBlock(nn.Module):
             self.modulation_s = _gain_and_shift(block.norm_s, after=self.conv_s)
 
     def forward(self, x: Tensor, feature: Tensor) -> Tensor:
-        hidden = [part.contiguous(memory_format=torch.channels_last) for part in self.shared_maps(feature)]
+        hidden = self.shared_maps(feature)
         normalised = instance_normalised(x)
         y = self.conv_0(modulated(normalised, *self.modulation_0(hidden[0]).chunk(2, dim=1)))
         y = self.conv_1(modulated(instance_normalised(y), *self.modulation_1(hidden[1]).chunk(2, dim=1)))
@@ -135,8 +151,12 @@ class FusedSpadeBlock(nn.Module):
         gain, shift = self.modulation_s(hidden[2]).split([x.shape[1], y.shape[1]], dim=1)
         return y.add_(shift).add_(self.conv_s(scaled(normalised, gain)))
 
-    def shared_maps(self, feature: Tensor) -> tuple[Tensor, ...]:
-        return self.shared(feature).relu_().chunk(self.norms, dim=1)
+    def shared_maps(self, feature: Tensor) -> Sequence[Tensor]:
+        """What each norm draws its gain and shift from: [B, 128, h, w] each."""
+        if isinstance(self.shared, UpsampledConv):
+            return self.shared(feature).unbind(0)
+        maps = F.relu_(self.shared(feature)).chunk(self.norms, dim=1)
+        return [part.contiguous(memory_format=torch.channels_last) for part in maps]
 
 
 class FusedGenerator(nn.Module):
@@ -202,7 +222,7 @@ class FusedWarping(nn.Module):
             levels.append(halve_plane_channels_last(F.relu_(conv(levels[-1]))))
         x = levels.pop()
         for conv in self.decoder:
-            x = torch.cat([F.relu_(conv(x)), levels.pop()], dim=1)
+            x = torch.cat([conv(x)[0], levels.pop()], dim=1)
         x = F.relu_(self.merge(x))
 
         shares = self.mask(x).float().softmax(dim=1)  # [B, 22, D, H, W]
