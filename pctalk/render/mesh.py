@@ -34,7 +34,7 @@ GROUP_PIXELS = 4_000_000
 FIELD_STEP = 8.0  # crop pixels between nodes of the face's displacement field
 MOUTH_STEP, EYE_STEP = 4.0, 2.0  # the same around mouth and eyes; FIELD_STEP is a multiple
 FEATHER = 0.6  # crop pixels: half the width of an edge between layers
-FINE_PIXELS = 1_600_000  # regions up to this size are sampled from a picture refined to twice its density
+FINE_PIXELS = 500_000  # regions up to this size are sampled from a picture refined to twice its density
 
 # fmt: off
 FACE_OVAL = (
@@ -382,10 +382,15 @@ class Canvas:
     def look(self, points: Tensor) -> Tensor:
         """The picture's colours at crop positions [..., 2], bicubic: [..., 3] float64."""
         height, width = self.picture.shape[:2]
-        image = self.picture.permute(2, 0, 1)[None].double()
-        grid = self.canvas_positions(points.double()) * torch.tensor([2.0 / width, 2.0 / height], dtype=torch.float64) - 1.0
-        flat = grid.reshape(1, 1, -1, 2)
-        colours = F.grid_sample(image, flat, mode="bicubic", padding_mode="border", align_corners=False)
+        places = self.canvas_positions(points.double()).reshape(-1, 2)
+        # Only the part of the picture that is looked at, so that an 8K picture is no slower than a small one.
+        left, top = (max(0, int(v) - 4) for v in places.amin(dim=0).clamp(min=0.0).tolist())
+        right, bottom = (int(v) + 4 for v in places.amax(dim=0).clamp(min=0.0).tolist())
+        left, top = min(left, width - 1), min(top, height - 1)
+        image = self.picture[top : max(bottom, top + 1), left : max(right, left + 1)].permute(2, 0, 1)[None].double()
+        size = places.new_tensor([image.shape[3], image.shape[2]])
+        grid = (places - places.new_tensor([left, top])) * (2.0 / size) - 1.0
+        colours = F.grid_sample(image, grid[None, None], mode="bicubic", padding_mode="border", align_corners=False)
         return colours[0, :, 0].T.reshape(*points.shape[:-1], 3).clamp(0.0, 255.0)
 
 
@@ -408,7 +413,7 @@ class Patch:
     to_grid: Tensor
     upward: Tensor  # [height, h'] and [2 w', 2 width]: linear interpolation between nodes, x and y interleaved
     across: Tensor
-    positions: Tensor  # crop positions of the texture's pixels [th, tw, 2]
+    positions: Tensor  # crop positions of the texture's pixels [th, tw, 2], on the CPU
 
     @classmethod
     def covering(cls, canvas: Canvas, low: Tensor, high: Tensor, step: float, margin: float, device: torch.device) -> Patch:
@@ -443,7 +448,7 @@ class Patch:
         upward = between_nodes(ny, stride, height)
         across = torch.kron(between_nodes(nx, stride, width).T.contiguous(), torch.eye(2))
         tensors = (nodes, texture[None], base[None], to_grid, upward, across)
-        return cls(left, top, width, height, *(tensor.float().to(device) for tensor in tensors), positions)
+        return cls(left, top, width, height, *(tensor.float().to(device) for tensor in tensors), positions.float())
 
     def spread(self, offset: Tensor) -> Tensor:
         """Coarse offsets [b, h', w', 2] in crop pixels as a sampling grid for every pixel: [b, height, width, 2]."""
@@ -811,7 +816,7 @@ class Scene:
             white, lips = openings.white_of(look(whites), look(self.points[list(CHEEKS), :2])), openings.lip_colour(look, outline, unit)
             own = None
             if self.opening > 0:
-                own = colour.permute(1, 2, 0).cpu().double(), openings.read_teeth(outline, look, unit).upper_share
+                own = colour.permute(1, 2, 0).cpu(), openings.read_teeth(outline, look, unit).upper_share
             interior = openings.paint_mouth(outline, patch.positions, unit, feather, white, lips, own)
             head_texture, jaw_texture, cavity = (part.float().to(self.device) for part in interior)
         return Opening(

@@ -114,10 +114,11 @@ def paint_mouth(
     Returns: head [1, 5, h, w], colour and alpha of what the skull carries (upper teeth) and the light already on it; jaw [1, 4, h, w], of what the jaw
     carries (lower teeth, tongue); cavity [3], the dark behind.
     """
+    white, lips = white.to(points), lips.to(points)
     p, q = outline.to_axes(points).unbind(dim=-1)
     upper_edge, lower_edge = outline.edges(p)
     top, bottom = (float(edge) for edge in outline.edges(torch.zeros((), dtype=torch.float64)))
-    cavity = torch.tensor([52.0, 18.0, 18.0], dtype=torch.float64) * float(white.mean()) / 255.0
+    cavity = points.new_tensor([52.0, 18.0, 18.0]) * float(white.mean()) / 255.0
     tongue = _tongue(p, q, bottom, unit, 0.62 * lips + 0.2 * cavity)
     lower_row = _teeth(p, -q, -bottom, unit, 0.58 * white, cavity, scale=0.68)
     # The wet inside of the lower lip, which keeps a narrow gap under the teeth from looking like an outline.
