@@ -43,8 +43,24 @@ def test_emc(rows, tensor):
     assert row.ok and row.difference <= 1e-3
 
 
+@pytest.mark.parametrize(
+    "tensor",
+    ["feature", "kp", "exp", "t", "rotation", "k_ori", "occlusion", "deformation", "warped", "rendered"],
+)
+def test_liveportrait(rows, tensor):
+    row = rows["liveportrait.safetensors", tensor]
+    assert row.tolerance == NETWORK_TOLERANCE
+    assert row.ok and row.difference <= 2e-4
+
+
+@pytest.mark.parametrize("tensor", ["stitching", "lip", "eyes"])
+def test_stitching_and_retargeting(rows, tensor):
+    row = rows["stitching_retargeting.safetensors", tensor]
+    assert row.ok and row.difference <= 2e-4
+
+
 def test_nothing_else_was_compared(rows):
-    assert len(rows) == 12
+    assert len(rows) == 25
 
 
 def test_a_difference_is_noticed(tmp_path):

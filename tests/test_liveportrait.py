@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from pctalk.networks.liveportrait.retargeting import StitchingRetargeting
 from pctalk.networks.liveportrait.warping import WarpingModule, gaussian_heatmaps
 from pctalk.render import Portrait
 from pctalk.render.liveportrait import LivePortraitRenderer
+
+PUBLISHED = json.loads((Path(__file__).parent / "golden" / "state_dict_shapes.json").read_text())
 
 
 def seasoned(network: nn.Module, seed: int = 0) -> nn.Module:
@@ -72,6 +75,28 @@ def difference(ours: torch.Tensor, reference: torch.Tensor) -> float:
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.mark.parametrize(
+    ("published", "network"),
+    [
+        ("appearance_feature_extractor", AppearanceFeatureExtractor),
+        ("motion_extractor", MotionExtractor),
+        ("warping_module", WarpingModule),
+        ("spade_generator", SpadeGenerator),
+    ],
+)
+def test_published_keys_and_shapes(published, network):
+    with torch.device("meta"):
+        state = network().state_dict()
+    assert {name: list(value.shape) for name, value in state.items()} == PUBLISHED[published]
+
+
+def test_published_keys_and_shapes_of_stitching():
+    networks = StitchingRetargeting()
+    for prefix, published in (("shoulder", "stitching"), ("mouth", "lip_retargeting"), ("eye", "eye_retargeting")):
+        state = networks.get_submodule(f"retarget_{prefix}_module").state_dict()
+        assert {name: list(value.shape) for name, value in state.items()} == PUBLISHED[published]
 
 
 def test_gather_samples_like_grid_sample():

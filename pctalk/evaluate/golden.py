@@ -20,11 +20,17 @@ from torch import Tensor, nn
 
 from ..checkpoints import MotionModel
 from ..emc import emotion_motion, mix_regions
-from ..keypoints import EMOTIONS, LIPS, NUM_KEYPOINTS, Deformation, Keypoints, add_deformations
+from ..keypoints import EMOTIONS, LIPS, NUM_KEYPOINTS, Deformation, Keypoints, add_deformations, rotation_matrix
 from ..lac import edit_articulation, kalman_smooth, lip_offsets, style_embedding
 from ..networks.audio_encoder import AudioEncoder
 from ..networks.decoder import flatten_keypoints
 from ..networks.emotion import EmotionPredictor
+from ..networks.liveportrait.appearance import AppearanceFeatureExtractor
+from ..networks.liveportrait.generator import SpadeGenerator, SpectralConv2d
+from ..networks.liveportrait.inference import fused_appearance, fused_generator, fused_motion, fused_warping
+from ..networks.liveportrait.motion import MotionExtractor
+from ..networks.liveportrait.retargeting import StitchingRetargeting
+from ..networks.liveportrait.warping import WarpingModule
 from ..networks.predictor import LipPredictor, Refiner
 from ..networks.style_encoder import StyleEncoder
 from ..speech import encode_speech, mel_spectrogram
@@ -128,10 +134,16 @@ def recipe(key: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
 
 
 def filled(network: Network, seed: int) -> Network:
-    """The network with weights by the recipe, in eval mode; tables of positions and counters stay as built."""
+    """The network with weights by the recipe, in eval mode; tables of positions and counters stay as built.
+
+    The vectors of a spectral norm follow from its weight, by five rounds of power iteration.
+    """
     for key, value in network.state_dict().items():
         if value.is_floating_point() and not key.endswith("pe"):
             value.copy_(torch.from_numpy(recipe(key, tuple(value.shape), seed)))
+    for module in network.modules():
+        if isinstance(module, SpectralConv2d):
+            module.power_iteration(5)
     return network.eval()
 
 
@@ -192,8 +204,47 @@ def compare_emc(tensors: dict[str, Tensor], config: dict, device: torch.device) 
     yield "exp_out", add_deformations(still, [mix_regions(rows)]).expression, SEQUENCE_TOLERANCE
 
 
+def compare_liveportrait(tensors: dict[str, Tensor], config: dict, device: torch.device) -> Comparison:
+    """In the inference forms that draw; the file holds every so many values of the larger tensors."""
+    seed, winograd = config["seed"], device.type == "cpu"
+    volume = fused_appearance(filled(AppearanceFeatureExtractor(), seed)).to(device)(tensors["image"])
+    yield "feature", volume[:, ::4, ::2, ::4, ::4], NETWORK_TOLERANCE
+
+    motion = fused_motion(filled(MotionExtractor(), seed)).to(device)(tensors["image"])
+    rotation = rotation_matrix(motion.pitch, motion.yaw, motion.roll)
+    keypoints = Keypoints(motion.canonical[0], rotation, motion.scale, motion.translation, motion.expression)
+    yield "kp", motion.canonical, NETWORK_TOLERANCE
+    yield "exp", motion.expression, NETWORK_TOLERANCE
+    yield "t", motion.translation, NETWORK_TOLERANCE
+    yield "rotation", rotation, NETWORK_TOLERANCE
+    yield "k_ori", keypoints.posed(), NETWORK_TOLERANCE
+
+    warping = fused_warping(filled(WarpingModule(), seed), winograd=winograd).to(device)
+    warp = warping(volume, tensors["kp_source"], tensors["kp_driving"])
+    yield "occlusion", warp.occlusion, NETWORK_TOLERANCE
+    yield "deformation", warp.deformation[:, ::4, ::4, ::4], NETWORK_TOLERANCE
+    yield "warped", warp.feature[:, ::8, ::2, ::2], NETWORK_TOLERANCE
+
+    generator = fused_generator(filled(SpadeGenerator(), seed), winograd=winograd).to(device)
+    yield "rendered", generator(warp.feature)[:, :, ::4, ::4], NETWORK_TOLERANCE
+
+
+def compare_stitching_retargeting(tensors: dict[str, Tensor], config: dict, device: torch.device) -> Comparison:
+    networks = StitchingRetargeting().to(device)
+    for network in networks.children():  # the recipe knows each by its own keys
+        filled(network, config["seed"])
+    source, driving = tensors["kp_source"], tensors["kp_driving"]
+    pair = torch.cat([source.flatten(1), driving.flatten(1)], dim=1)
+    yield "stitching", networks.retarget_shoulder_module(pair), NETWORK_TOLERANCE
+    lip, eye = (torch.tensor([config[name]], device=device) for name in ("lip_ratio", "eye_ratio"))
+    yield "lip", networks.lip_offsets(source, lip).flatten(1), NETWORK_TOLERANCE
+    yield "eyes", networks.eye_offsets(source, eye).flatten(1), NETWORK_TOLERANCE
+
+
 COMPARISONS: dict[str, Callable[[dict[str, Tensor], dict, torch.device], Comparison]] = {
     "audio_encoder": compare_audio_encoder,
     "lac": compare_lac,
     "emc": compare_emc,
+    "liveportrait": compare_liveportrait,
+    "stitching_retargeting": compare_stitching_retargeting,
 }
