@@ -173,7 +173,15 @@ class Server:
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self.log = base / "comfyui.log"
-        environment = {**os.environ, "PYTHONPATH": str(installation.packages), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+        # One thread: on a busy machine two that wait for each other take many times longer.
+        threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        environment = {
+            **os.environ,
+            **threads,
+            "PYTHONPATH": str(installation.packages),
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONUNBUFFERED": "1",
+        }
         command = [
             sys.executable, Path(__file__).with_name("launch.py"), installation.tree, installation.packages,
             "--cpu", "--listen", "127.0.0.1", "--port", port, "--base-directory", base, "--disable-auto-launch",

@@ -201,26 +201,46 @@ def test_mix_of_nothing_is_refused(server, chain):
         server.run(prompt)
 
 
-def test_landmarks_of_cores_face_nodes_replace_the_search(server, chain, kept):
-    """The same landmarks from outside give the same keypoints; those of another picture are refused."""
+@pytest.fixture(scope="module")
+def portrait_landmarks() -> torch.Tensor:
+    """[468, 2] pixels of the example portrait."""
     with Image.open(PACK / "web" / "examples" / "portrait.jpg") as portrait:
-        face = FaceFinder.from_assets().find(torch.from_numpy(np.array(portrait.convert("RGB"))))[0]
-    points = face.landmarks[:, :2].tolist()
-    small = (face.landmarks[:, :2] * 0.1).tolist()
+        (face,) = FaceFinder.from_assets().find(torch.from_numpy(np.array(portrait.convert("RGB"))))
+    return face.landmarks[:, :2]
 
-    def given(size: list[int]) -> dict:
-        landmarks = json.dumps({"frames": [[small, points]], "image_size": size})
-        probe = {"class_type": "ProbeLandmarks", "inputs": {"json": landmarks}}
-        return chain(
-            landmarks=probe, portrait={"landmarks": ["landmarks", 0]}, keep={"value": ["portrait", 1], "name": "given"}
-        )
 
+def probe_landmarks(frames: list[list[torch.Tensor]], image_size: tuple[int, int] = (320, 320)) -> dict:
+    faces = [[points.tolist() for points in frame] for frame in frames]
+    return {"class_type": "ProbeLandmarks", "inputs": {"json": json.dumps({"frames": faces, "image_size": image_size})}}
+
+
+def test_landmarks_of_cores_face_nodes_replace_the_search(chain, kept, portrait_landmarks):
+    """The largest of two faces given from outside has the keypoints that the search finds."""
     found = kept(chain(keep={"value": ["portrait", 1], "name": "found"}), "found")
-    from_landmarks = kept(given([320, 320]), "given")
-    assert np.abs(from_landmarks["translation"] - found["translation"]).max() < 0.03
-    assert np.abs(from_landmarks["scale"] / found["scale"] - 1).max() < 0.05
+    landmarks = probe_landmarks([[portrait_landmarks * 0.1, portrait_landmarks]])
+    prompt = chain(
+        landmarks=landmarks, portrait={"landmarks": ["landmarks", 0]}, keep={"value": ["portrait", 1], "name": "given"}
+    )
+    given = kept(prompt, "given")
+    assert np.abs(given["translation"] - found["translation"]).max() < 0.03
+    assert np.abs(given["scale"] / found["scale"] - 1).max() < 0.05
+
+
+def test_landmarks_of_another_picture_are_refused(server, chain, portrait_landmarks):
+    landmarks = probe_landmarks([[portrait_landmarks]], (640, 640))
     with pytest.raises(NodeError, match="detect them on the same image"):
-        server.run(given([640, 640]))
+        server.run(chain(landmarks=landmarks, portrait={"landmarks": ["landmarks", 0]}))
+
+
+def test_a_frame_without_landmarks_is_bridged_and_none_at_all_is_refused(server, chain, kept, portrait_landmarks):
+    video = {"shaped": reshaped("video"), "keep": {"value": ["portrait", 1], "name": "bridged"}}
+    linked = {"image": ["shaped", 0], "landmarks": ["landmarks", 0]}
+    gap = probe_landmarks([[portrait_landmarks], [], [portrait_landmarks]])
+    track = kept(chain(**video, landmarks=gap, portrait=linked), "bridged")
+    assert np.allclose(track["expression"][1], track["expression"][0], atol=1e-5)
+    assert "bridged from their neighbours" in server.log.read_text()
+    with pytest.raises(NodeError, match="at most 0 faces a frame"):
+        server.run(chain(**video, landmarks=probe_landmarks([[], [], []]), portrait=linked))
 
 
 def test_drawn_keypoints_are_the_crop_once_per_frame(chain, kept):

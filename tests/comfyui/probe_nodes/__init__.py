@@ -30,11 +30,11 @@ class ProbeImage(io.ComfyNode):
 
 
 class ProbeReshape(io.ComfyNode):
-    """A picture as grey, with alpha, with odd sides, twice side by side, or ten times as large."""
+    """A picture as grey, with alpha, with odd sides, twice side by side, ten times as large, or three times in a row."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        shapes = ["grey", "rgba", "odd", "pair", "enlarged"]
+        shapes = ["grey", "rgba", "odd", "pair", "enlarged", "video"]
         return io.Schema(
             node_id="ProbeReshape",
             inputs=[io.Image.Input("image"), io.Combo.Input("shape", options=shapes)],
@@ -48,6 +48,7 @@ class ProbeReshape(io.ComfyNode):
             "rgba": lambda: torch.cat([image, torch.ones_like(image[..., :1])], -1),
             "odd": lambda: image[:, :-1, :-1],
             "pair": lambda: torch.cat([image, image.flip(2)], 2),
+            "video": lambda: image.repeat(3, 1, 1, 1),
             "enlarged": lambda: image.repeat_interleave(10, 1).repeat_interleave(10, 2),
         }
         return io.NodeOutput(reshaped[shape]())
