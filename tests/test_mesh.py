@@ -10,10 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from pctalk.faces import FaceFinder, crop_image
-from pctalk.keypoints import LIPS, Keypoints
+from pctalk.faces import crop_image
+from pctalk.keypoints import LIPS, Keypoints, euler_angles, rotation_matrix
 from pctalk.render import Portrait
-from pctalk.render.mesh import GROUP, MeshRenderer
+from pctalk.render.mesh import GROUP, Basis, MeshRenderer
+from pctalk.render.warp import Lattice, pull_back, refine, spline_weights
 
 PORTRAIT = Path(__file__).parents[1] / "web" / "examples" / "portrait.jpg"
 
@@ -55,6 +56,52 @@ def shut(amount: float) -> dict[tuple[int, int], float]:
     return {(11, 1): amount, (15, 1): amount, (13, 1): -0.3 * amount, (16, 1): -0.3 * amount}
 
 
+def raised_brows(amount: float) -> dict[tuple[int, int], float]:
+    return {(1, 1): amount, (2, 1): -amount}
+
+
+def at_rest(renderer, keypoints: Keypoints) -> Keypoints:
+    """The portrait's lips replaced by neutral ones, as speech replaces them."""
+    expression = keypoints.expression.clone()
+    expression[:, list(LIPS)] = renderer.basis.neutral_exp[list(LIPS)]
+    return replace(keypoints, expression=expression)
+
+
+def turned(keypoints: Keypoints, yaw: float) -> Keypoints:
+    angles = (torch.zeros(1), torch.tensor([yaw]), torch.zeros(1))
+    return replace(keypoints, rotation=keypoints.rotation @ rotation_matrix(*angles))
+
+
+def measured(renderer, frames: torch.Tensor) -> torch.Tensor:
+    """Landmarks that the face mesh sees in rendered frames: [b, 468, 3]."""
+    return torch.stack([renderer.face_finder.find(frame)[0].landmarks for frame in frames])
+
+
+def gap(landmarks: torch.Tensor, upper: list[int], lower: list[int]) -> torch.Tensor:
+    return (landmarks[:, lower, 1] - landmarks[:, upper, 1]).mean(dim=1)
+
+
+def lip_gap(landmarks: torch.Tensor) -> torch.Tensor:
+    return gap(landmarks, [82, 13, 312], [87, 14, 317])
+
+
+def eye_gap(landmarks: torch.Tensor) -> torch.Tensor:
+    return gap(landmarks, [160, 159, 158, 385, 386, 387], [144, 145, 153, 380, 374, 373])
+
+
+def test_the_keypoints_of_a_portrait_are_realistic(renderer, extracted):
+    portrait, keypoints = extracted
+    assert keypoints.frames == 1 and portrait.renderer == renderer.name
+    assert 1.1 < float(keypoints.scale) < 1.7
+    assert keypoints.translation.abs().max() < 0.27 and keypoints.translation[0, 2] == 0
+    assert max(float(angle.abs()) for angle in euler_angles(keypoints.rotation)) < 15
+    assert keypoints.expression.abs().max() < 0.15
+    posed = keypoints.posed()[0] * 256 + 256  # crop pixels
+    landmarks = portrait.features["landmarks"][0]
+    lips, eyes = landmarks[[13, 14], 1].mean(), landmarks[[159, 145, 386, 374], 1].mean()
+    assert (posed[[17, 19, 20], 1].mean() - posed[[11, 15], 1].mean() - (lips - eyes)).abs() < 0.35 * (lips - eyes)
+
+
 @pytest.mark.parametrize("paste_back", [False, True])
 def test_without_motion_the_source_comes_back(renderer, extracted, paste_back):
     portrait, keypoints = extracted
@@ -94,3 +141,139 @@ def test_huge_deformations_stay_pictures(renderer, extracted):
     frames = drawn(renderer, portrait, track)
     assert frames.shape[0] == 4
     assert torch.equal(frames[:, :8], portrait.frames[:, :8].expand(4, -1, -1, -1))
+
+
+def test_lips_open_as_far_as_they_are_told(renderer, extracted):
+    portrait, keypoints = extracted
+    amounts = [0.0, 0.015, 0.03, 0.05, 0.08]
+    track = moved(at_rest(renderer, keypoints), *(opened(amount) for amount in amounts))
+    gaps = lip_gap(measured(renderer, drawn(renderer, portrait, track, paste_back=False)))
+    assert (gaps.diff() > 1.0).all(), gaps
+
+
+def test_a_smiling_portrait_closes_its_mouth_at_rest(renderer, extracted):
+    portrait, keypoints = extracted
+    frames = drawn(renderer, portrait, at_rest(renderer, keypoints), paste_back=False)
+    source = crop_image(portrait.frames[0], portrait.crops[0])
+    gaps = lip_gap(measured(renderer, torch.stack([source, frames[0]])))
+    assert gaps[1] < 0.5 * gaps[0], gaps
+
+
+def test_eyes_close(renderer, extracted):
+    portrait, keypoints = extracted
+    track = moved(keypoints, {}, shut(0.008), shut(0.02))
+    landmarks = measured(renderer, drawn(renderer, portrait, track, paste_back=False))
+    gaps = eye_gap(landmarks)
+    # The face mesh itself follows a blink by a fraction only; the next test looks at the pixels.
+    assert gaps[0] > gaps[1] + 0.5 > gaps[2] + 1.0, gaps
+
+
+def test_brows_rise_and_fall(renderer, extracted):
+    portrait, keypoints = extracted
+    frames = drawn(renderer, portrait, moved(keypoints, {}, raised_brows(0.02), raised_brows(-0.02)), paste_back=False).float()
+    x, y = portrait.features["landmarks"][0][52, :2].int().tolist()
+    # The left brow is the darkest row between the hair and the lid.
+    rows = frames[:, y - 8 : y + 12, x - 4 : x + 5].mean(dim=(2, 3)).argmin(dim=1)
+    assert rows[1] < rows[0] - 3 and rows[2] > rows[0] + 3, rows
+
+
+def test_a_closed_eye_shows_skin_not_iris(renderer, extracted):
+    portrait, keypoints = extracted
+    frames = drawn(renderer, portrait, moved(keypoints, {}, shut(0.02)), paste_back=False).float()
+    landmarks = portrait.features["landmarks"][0]
+    for upper, lower, corners in ((159, 145, (33, 133)), (386, 374, (362, 263))):
+        x, y = landmarks[upper, :2].lerp(landmarks[lower, :2], 0.3).int().tolist()
+        before, after = (frame[y - 2 : y + 3, x - 3 : x + 4].mean() for frame in frames)
+        assert after > before + 25, (before, after)  # lid where there was iris
+        left, right = landmarks[list(corners), 0].int().tolist()
+        before, after = (frame[y - 2 : y + 9, left + 6 : right - 6].std() for frame in frames)
+        assert after < 0.75 * before, (before, after)  # no white beside dark any more
+
+
+@pytest.mark.parametrize("yaw", [-10.0, 10.0])
+def test_the_head_turns_the_way_it_is_told(renderer, extracted, yaw):
+    portrait, keypoints = extracted
+    frames = drawn(renderer, portrait, turned(keypoints, yaw), paste_back=False)
+    _, seen = renderer.extract(frames.float() / 255.0)
+    change = float(euler_angles(seen.rotation)[1] - euler_angles(keypoints.rotation)[1])
+    assert 0.4 < change / yaw < 1.5, change
+
+
+@pytest.mark.parametrize("turn", [0.0, 12.0])
+@pytest.mark.parametrize("paste_back", [False, True])
+def test_nothing_moves_far_from_the_face(renderer, extracted, paste_back, turn):
+    portrait, keypoints = extracted
+    keypoints = turned(keypoints, turn) if turn else keypoints
+    frames = drawn(renderer, portrait, moved(keypoints, {**opened(0.08), **shut(0.02), **raised_brows(0.02)}), paste_back=paste_back)
+    crop = portrait.crops[0]
+    source = portrait.frames[0] if paste_back else crop_image(portrait.frames[0], crop)
+    changed = (frames[0] != source).any(dim=-1)
+    y, x = torch.nonzero(changed).unbind(dim=1)
+    positions = torch.stack([x, y], dim=1) + 0.5
+    positions = crop.apply(positions) if paste_back else positions
+    landmarks = portrait.features["landmarks"][0][:, :2]
+    assert changed.float().mean() > 0.02
+    if turn:  # hair and neck follow the head, the crop's border stays
+        assert positions.min() > 2 and positions.max() < crop.size - 2
+    else:
+        unit = 256 * 0.272 * float(keypoints.scale)  # inter-ocular distance in crop pixels
+        assert (positions >= landmarks.amin(dim=0) - 0.45 * unit).all()
+        assert (positions <= landmarks.amax(dim=0) + 0.65 * unit).all()
+
+
+def test_a_still_serves_a_track_and_frames_serve_theirs(renderer, extracted, picture):
+    portrait, keypoints = extracted
+    darker = torch.cat([picture, picture * 0.8, picture * 0.6])
+    video, track = renderer.extract(darker)
+    assert track.frames == 3 and len(video.crops) == 3
+    frames = drawn(renderer, video, track)
+    assert (frames.int() - video.frames.int()).abs().max() <= 1
+    held = drawn(renderer, video, track.extended(5))
+    assert torch.equal(held[:3], frames) and torch.equal(held[3], held[4])
+    assert (held[4].int() - video.frames[2].int()).abs().max() <= 1
+    assert torch.equal(*drawn(renderer, portrait, keypoints.extended(2)))
+
+
+def test_landmarks_found_elsewhere_are_used(renderer, extracted, picture):
+    portrait, _ = extracted
+    flat = renderer.face_finder.find(portrait.frames[0])[0].landmarks[:, :2]
+    given, keypoints = renderer.extract(picture, landmarks=[flat])
+    own = portrait.features["landmarks"][0]
+    assert (given.features["landmarks"][0, :, :2] - own[:, :2]).abs().max() < 1.0
+    assert float(torch.corrcoef(torch.stack([given.features["landmarks"][0, :, 2], own[:, 2]]))[0, 1]) > 0.9
+    assert len(drawn(renderer, given, keypoints)) == 1
+
+
+def test_a_basis_file_of_the_wrong_kind_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="install PC-Talk again"):
+        Basis.from_assets(tmp_path / "missing.safetensors")
+    (tmp_path / "wrong.safetensors").write_bytes(b"not a model")
+    with pytest.raises(ValueError, match="install PC-Talk again"):
+        Basis.from_assets(tmp_path / "wrong.safetensors")
+
+
+def test_the_inverse_of_a_warp_undoes_it():
+    lattice = Lattice.covering(torch.tensor([0.0, 0.0]), torch.tensor([96.0, 96.0]), 4.0)
+    nodes = lattice.nodes().float()
+    bump = 9.0 * torch.exp(-((nodes - 48.0) ** 2).sum(dim=-1) / 500.0)
+    field = torch.stack([0.4 * bump, bump])[None]
+    targets = nodes[4:-4, 4:-4]
+    origin = targets + pull_back(field, lattice, targets)
+    moved = origin + torch.nn.functional.grid_sample(field, lattice.normalise(origin), align_corners=True).permute(0, 2, 3, 1)
+    assert (moved - targets).abs().max() < 0.05
+
+
+def test_a_spline_passes_through_its_points():
+    generator = torch.Generator().manual_seed(1)
+    points = torch.rand(40, 2, generator=generator, dtype=torch.float64) * 100
+    values = points @ torch.tensor([[0.2, -0.1], [0.3, 0.4]], dtype=torch.float64) + 1.0
+    assert torch.allclose(spline_weights(points, points + 5.0) @ values, (points + 5.0) @ torch.tensor(
+        [[0.2, -0.1], [0.3, 0.4]], dtype=torch.float64) + 1.0, atol=1e-3)
+    bent = torch.sin(points / 30.0)
+    assert (spline_weights(points, points) @ bent - bent).abs().max() < 0.02
+
+
+def test_refining_keeps_the_pixels():
+    image = torch.rand(3, 7, 9)
+    fine = refine(image)
+    assert fine.shape == (3, 13, 17) and torch.equal(fine[:, ::2, ::2], image)
