@@ -143,10 +143,10 @@ def emotion_motion(
         # The last window may be short: the frames that fill it up are never read, and later frames don't act on earlier.
         index = torch.tensor([start for start, _, _ in group])[:, None] + torch.arange(min(window, frames))
         heard = features[index.clamp(max=frames - 1).to(features.device)].to(device)
-        memory = predictor.condition(heard, emotions.repeat_interleave(len(group), dim=0))
-        memory = memory.unflatten(0, (len(emotions), len(group)))
+        cross = decoder.cross(predictor.condition(heard, emotions.repeat_interleave(len(group), dim=0)))
+        cross = cross.unflatten(0, (len(emotions), len(group)))
         for number, (start, end, warm) in enumerate(group):
-            pieces.append(decoder(memory[:, number, : end - start], pieces[-1][:, -warm:] if warm else None))
+            pieces.append(decoder(cross[:, number, : end - start], pieces[-1][:, -warm:] if warm else None))
             if progress is not None:
                 progress(end, frames)
     return unflatten_keypoints(torch.cat(pieces, dim=1))

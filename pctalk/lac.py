@@ -33,6 +33,8 @@ PROCESS_VARIANCE = 1e-5
 OBSERVATION_VARIANCE = 1e-6
 INITIAL_VARIANCE = 1.0
 
+CROSS_CHUNK = 1024  # frames whose cross-attention is computed at a time
+
 Gain = float | Tensor
 Progress = Callable[[int, int], None]
 
@@ -117,14 +119,13 @@ def lip_offsets(
     device = style.device
     reference = flatten_keypoints(undeformed.to(device))
     decoder = predictor.prepared(style)
+    cross = torch.cat([decoder.cross(predictor.audio_feature_map(part.to(device))) for part in features.split(CROSS_CHUNK)])
     pieces = []
     for start, end, warm in windows(features.shape[0], predictor.window):
-        heard = features[None, start:end].to(device)
-        memory = predictor.audio_feature_map(heard)
-        offsets = decoder(memory, pieces[-1][:, -warm:] if warm else None)
+        offsets = decoder(cross[None, start:end], pieces[-1][:, -warm:] if warm else None)
         if refiner is not None:
-            still = reference[start + warm : end]
-            offsets = refiner(still + offsets, heard[:, warm:]) - still
+            heard, still = features[start + warm : end].to(device), reference[start + warm : end]
+            offsets = refiner(still + offsets[0], heard)[None] - still
         pieces.append(offsets)
         if progress is not None:
             progress(end, features.shape[0])

@@ -156,8 +156,8 @@ def random_motion_model(dim: int = 512, ff_dim: int = 1024, styles: int = 210, w
 def benchmark_motion(seconds: float = 10.0, emotions: tuple[str, ...] = ("happy", "sad"), repeats: int = 5) -> MotionTimings:
     """Time LAC and EMC at the published width on the CPU, both schemes in turn on the same input.
 
-    Args: seconds of speech at 25 frames a second; emotions beside neutral; repeats of the fast scheme (the published one,
-    which takes seconds, runs at most three times).
+    Args: seconds of speech at 25 frames a second; emotions beside neutral; repeats of the fast scheme (the published one
+    at most three times, and no more once it has taken half a minute).
     """
     model = random_motion_model()
     generator = torch.Generator().manual_seed(0)
@@ -184,6 +184,6 @@ def benchmark_motion(seconds: float = 10.0, emotions: tuple[str, ...] = ("happy"
     fast_times, published_times = [], []
     for repeat in range(repeats):
         fast_times.append(timed(fast))
-        if repeat < 3:
+        if repeat < 3 and sum(published_times) < 30.0:
             published_times.append(timed(published))
     return MotionTimings(median(fast_times), median(published_times))

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 LONGEST = 600  # FaceFormer's sequence limit; it sets the length of the published `PPE.pe` buffers
 HEADS = 4
+WORTH_SHARING = 2**14  # values a step carries (rows x dim) from which threads pay: 32 rows at the published width
 
 
 def flatten_keypoints(motion: Tensor) -> Tensor:
@@ -205,9 +206,15 @@ class MotionDecoder(nn.Module):
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """Run on one processor core. A step multiplies a handful of rows, too little to share: threads gain nothing, and where
-    another program is busy every product waits for the slower one, which makes decoding 30 times slower."""
+def one_thread(values: int) -> Iterator[None]:
+    """Run a recurrence on one processor core when the tensor it carries has too few values for its products to be shared.
+
+    Threads gain little there, and where another program is busy each of the many products waits for the slower thread,
+    which makes decoding 30 times slower.
+    """
+    if values >= WORTH_SHARING:
+        yield
+        return
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -250,25 +257,29 @@ class PreparedDecoder:
         out = self.layer.self_attn.out_proj.weight.unflatten(1, (self.heads, -1))  # [dim, heads, head_dim]
         return torch.einsum("nhi,dhi->nhd", values.unflatten(1, (self.heads, -1)), out).flatten(1)
 
-    def __call__(self, memory: Tensor, warm: Tensor | None = None) -> Tensor:
+    @torch.inference_mode()
+    def cross(self, memory: Tensor) -> Tensor:
+        """What the frames draw from the memory, [..., dim] to [..., dim]: as much at once as fits."""
+        return self.layer.multihead_attn.diagonal(memory)
+
+    def __call__(self, cross: Tensor, warm: Tensor | None = None) -> Tensor:
         """Predict a window frame by frame from its own predictions.
 
-        Args: memory [rows, n, dim], n <= window; warm [rows, w, outputs], w < n: the last predictions of the window before,
-        which are the first w frames of this one.
+        Args: cross [rows, n, dim], of the window's n <= window frames (see `cross`); warm [rows, w, outputs], w < n: the
+        last predictions of the window before, which are the first w frames of this one.
         Returns: [rows, n - w, outputs], the frames after those.
         """
-        self.network.check_window(memory.shape[1])
-        with torch.inference_mode(), _one_thread():
-            outputs = self._decode(memory, warm)
+        self.network.check_window(cross.shape[1])
+        with torch.inference_mode(), one_thread(cross[:, 0].numel()):
+            outputs = self._decode(cross, warm)
         return outputs.clone()  # outside inference mode, so that it may take part in training
 
-    def _decode(self, memory: Tensor, warm: Tensor | None) -> Tensor:
-        rows, frames, dim = memory.shape
+    def _decode(self, cross: Tensor, warm: Tensor | None) -> Tensor:
+        rows, frames, dim = cross.shape
         heads, layer, out = self.heads, self.layer, self.network.vertice_map_r
-        cross = layer.multihead_attn.diagonal(memory.transpose(0, 1).contiguous()).unbind()  # n times [rows, dim]
-        constants = self.constants.unbind()
-        keys = memory.new_empty(frames, rows * heads, dim // heads)
-        values = memory.new_empty(frames, rows * heads, dim)
+        drawn, constants = cross.unbind(1), self.constants.unbind()  # n times [rows, dim], [rows, (3 + heads) dim]
+        keys = cross.new_empty(frames, rows * heads, dim // heads)
+        values = cross.new_empty(frames, rows * heads, dim)
         new_keys, new_values = keys.view(frames, rows, -1).unbind(), values.view(frames, rows, -1).unbind()
 
         # The tokens known beforehand: the style alone, then the warm frames.
@@ -295,7 +306,7 @@ class PreparedDecoder:
             scores = torch.bmm(query.reshape(rows * heads, 1, -1), keys[:seen].permute(1, 2, 0))
             attended = torch.bmm(scores.softmax(dim=-1), values[:seen].transpose(0, 1))
             x = torch.layer_norm(attended.view(rows, heads, dim).sum(dim=1) + x, *norms[0])
-            x = torch.layer_norm(x + cross[frame], *norms[1])
+            x = torch.layer_norm(x + drawn[frame], *norms[1])
             hidden = torch.addmm(layer.linear1.bias, x, up).relu_()
             x = torch.layer_norm(torch.addmm(layer.linear2.bias, hidden, down) + x, *norms[2])
             outputs.append(torch.addmm(out.bias, x, back))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .decoder import HEADS, Decoder, MotionDecoder, PeriodicPositions
+from .decoder import HEADS, Decoder, MotionDecoder, PeriodicPositions, one_thread
 
 KEYPOINT_VALUES = 63
 EMOTION_CODES = 8
@@ -43,10 +43,11 @@ class AudioEmotionFormer(nn.Module):
         recurrence = self.audio_feature_map.weight @ self.audio_map_r.weight
         bias = self.audio_feature_map(self.audio_map_r.bias)
         token, hidden = code, []
-        for frame in range(frames):
-            drawn = [term[:, frame : frame + 1] for term in cross]
-            hidden.append(self.transformer_decoder(token + self.PPE(frame, 1), drawn, caches))
-            token = F.linear(hidden[-1], recurrence, bias) + code
+        with one_thread(code.numel()):
+            for frame in range(frames):
+                drawn = [term[:, frame : frame + 1] for term in cross]
+                hidden.append(self.transformer_decoder(token + self.PPE(frame, 1), drawn, caches))
+                token = F.linear(hidden[-1], recurrence, bias) + code
         return self.map_output(self.audio_map_r(torch.cat(hidden, dim=1)))
 
 
@@ -70,7 +71,8 @@ class EmotionPredictor(MotionDecoder):
         w < n (see `PreparedDecoder`).
         Returns: CPred [rows, n - w, 63] in K space, flattened as `flatten_keypoints` does.
         """
-        return self.prepared(style)(self.condition(features, emotion), warm)
+        decoder = self.prepared(style)
+        return decoder(decoder.cross(self.condition(features, emotion)), warm)
 
     def forward_teacher(self, features: Tensor, emotion: Tensor, previous: Tensor, style: Tensor) -> Tensor:
         """The same with true previous frames [rows, n, 63] (see `decode_teacher`), for training.

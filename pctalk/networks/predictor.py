@@ -22,7 +22,8 @@ class LipPredictor(MotionDecoder):
         Args: features [rows, n, 512], n <= window; style [rows, dim]; warm [rows, w, 18], w < n (see `PreparedDecoder`).
         Returns: D_l [rows, n - w, 18] in K space, flattened as `flatten_keypoints` does.
         """
-        return self.prepared(style)(self.audio_feature_map(features), warm)
+        decoder = self.prepared(style)
+        return decoder(decoder.cross(self.audio_feature_map(features)), warm)
 
     def forward_teacher(self, features: Tensor, previous: Tensor, style: Tensor) -> Tensor:
         """The same with true previous frames [rows, n, 18], all frames at once (see `decode_teacher`)."""
