@@ -98,7 +98,7 @@ def _unpack_source(folder: Path) -> None:
         pinned = Path(temporary) / "source.txt"
         pinned.write_text(f"{SOURCE} --hash=sha256:{SOURCE_SHA256}\n")
         _pip(
-            "download", "--quiet", "--no-deps", "--no-binary", ":all:", "--ignore-requires-python", "--no-build-isolation",
+            "download", "--quiet", "--no-deps", "--no-binary", SOURCE.split("==")[0], "--ignore-requires-python",
             "--require-hashes", "--requirement", pinned, "--dest", temporary,
         )  # fmt: skip
         (archive,) = Path(temporary).glob("*.tar.gz")
