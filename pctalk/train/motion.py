@@ -38,6 +38,7 @@ SCALE = 1.39  # mean scale s of real keypoints: the predictors work at it
 UNIT = 0.02  # motion is trained in this unit of K space, which is folded into the weights afterwards
 SCALES = (1.15, 1.65)
 SILENCE_FRAMES = 30  # video frames of silence put before and after every clip
+FACEGOOD_SHARE = 0.08  # of the frames; its controls hardly cover widening and press
 EMOTION_OPENING = {"sad": 0.85, "angry": 1.1, "surprised": 1.1, "fear": 0.95, "disgusted": 0.9}
 
 
@@ -72,7 +73,7 @@ def encode_corpus(
         mel, curves, _ = (torch.from_numpy(array) for array in corpus.clip(index))
         first, count = 0, len(mel)
         if engines[index] == "facegood":  # long clips, a small share: 20 s at a time
-            if facegood > 0.15 * done:
+            if facegood > FACEGOOD_SHARE * done:
                 continue
             count = 1600
             first = int(random.integers(0, max(1, len(mel) - count)))

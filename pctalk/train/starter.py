@@ -91,8 +91,9 @@ def report(model: MotionModel, recordings: Path | None = None) -> dict:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line of `python -m pctalk.train`."""
-    parser = argparse.ArgumentParser(prog="pctalk train starter", description="Make the starter motion model from nothing.")
+    """The command line of `python -m pctalk.train` and `pctalk train`. Returns 0; exits with 2 and one sentence on an error."""
+    parser = argparse.ArgumentParser(prog="pctalk train", description="Make the starter motion model from nothing.")
+    parser.add_argument("model", nargs="?", choices=["starter"], default="starter", help="what to train")
     parser.add_argument("--work", type=Path, required=True, help="folder for the corpus and intermediate results")
     parser.add_argument("--facegood", type=Path, help="folder with FACEGOOD-Audio2Face clips and controls.json")
     parser.add_argument("--recordings", type=Path, help="folder of VOICE-NAME.wav and .txt to measure on (never trained on)")
