@@ -79,7 +79,8 @@ def load_mono(waveform: Tensor, sample_rate: int) -> Tensor:
             f"The audio lasts {seconds:.3f} s, at least {SHORTEST_SECONDS} s are needed: choose a longer recording."
         )
     waveform = _as_float(waveform)
-    peak = waveform.abs().amax()  # NaN and infinity survive a maximum
+    low, high = waveform.aminmax()  # NaN and infinity survive it
+    peak = torch.maximum(-low, high)
     if not torch.isfinite(peak):
         raise ValueError("The audio holds NaN or infinite samples: export it again or repair it before encoding.")
     if peak > 16.0:
@@ -124,13 +125,22 @@ def mel_filters() -> Tensor:
 
 def mel_spectrogram(waveform: Tensor) -> Tensor:
     """Wav2Lip's mel spectrogram: waveform [N] at 16 kHz to [N // 200 + 1, 80], one row per 12.5 ms, in -4..4."""
-    emphasised = torch.cat([waveform[:1], waveform[1:] - PRE_EMPHASIS * waveform[:-1]])
-    segments = F.pad(emphasised, (FFT_SIZE // 2, FFT_SIZE // 2)).unfold(0, FFT_SIZE, HOP)  # centred on multiples of HOP
+    samples = waveform.shape[0]
+    rows = samples // HOP + 1
     window = torch.hann_window(FFT_SIZE, device=waveform.device)
     filters = mel_filters().to(waveform.device).t()
-    bands = [torch.fft.rfft(chunk * window).abs() @ filters for chunk in segments.split(MEL_CHUNK)]
-    decibels = 20.0 * torch.cat(bands).clamp(min=1e-5).log10() - 20.0
-    return (8.0 * (decibels + 100.0) / 100.0 - 4.0).clamp(-4.0, 4.0)
+    mel = waveform.new_empty(rows, MEL_BANDS)
+    for first in range(0, rows, MEL_CHUNK):
+        count = min(MEL_CHUNK, rows - first)
+        begin = first * HOP - FFT_SIZE // 2  # each row's 800 samples are centred on a multiple of HOP
+        end = begin + (count - 1) * HOP + FFT_SIZE
+        heard = F.pad(waveform[max(begin - 1, 0) : end], (1 if begin <= 0 else 0, 0))  # one sample more, for the emphasis
+        emphasised = heard[1:] - PRE_EMPHASIS * heard[:-1]
+        segments = F.pad(emphasised, (max(-begin, 0), max(end - samples, 0))).unfold(0, FFT_SIZE, HOP)
+        bands = torch.fft.rfft(segments * window).abs() @ filters
+        decibels = 20.0 * bands.clamp(min=1e-5).log10() - 20.0
+        mel[first : first + count] = (8.0 * (decibels + 100.0) / 100.0 - 4.0).clamp(-4.0, 4.0)
+    return mel
 
 
 def mel_windows(mel: Tensor, frames: int, first: int = 0) -> Tensor:
@@ -149,15 +159,14 @@ def loudness_envelope(waveform: Tensor, frames: int | None = None) -> Tensor:
     In dB relative to full scale: RMS of the 1280 samples around the middle of each frame (those that exist), at least -80.
     """
     frames = frame_count(waveform.shape[0] / SAMPLE_RATE, FPS) if frames is None else frames
-    hop = round(SAMPLE_RATE / FPS)
-    before = (LOUDNESS_WINDOW - hop) // 2
-    after = max(0, (frames - 1) * hop + LOUDNESS_WINDOW - before - waveform.shape[0])
-    square, exists = (
-        F.avg_pool1d(F.pad(x, (before, after))[None], LOUDNESS_WINDOW, hop)[0, :frames]
-        for x in (waveform.square(), torch.ones_like(waveform))
-    )
-    mean_square = square / exists
-    return (10.0 * mean_square.clamp(min=1e-30).log10()).clamp(min=LOUDNESS_FLOOR)
+    block = LOUDNESS_WINDOW // 4  # a frame lasts two blocks; its window adds the one before and the one after
+    blocks = F.pad(waveform, (0, -waveform.shape[0] % block)).unflatten(0, (-1, block))
+    energy = torch.linalg.vector_norm(blocks, dim=1).square()
+    samples = torch.full_like(energy, block)
+    samples[-1] -= -waveform.shape[0] % block
+    missing = max(0, 2 * frames + 1 - len(energy))
+    energy, samples = (F.pad(x, (1, missing)).unfold(0, 4, 2)[:frames].sum(dim=1) for x in (energy, samples))
+    return (10.0 * (energy / samples).clamp(min=1e-30).log10()).clamp(min=LOUDNESS_FLOOR)
 
 
 @contextmanager
