@@ -1,26 +1,32 @@
-"""The command line: pctalk talk | verify | bench | train."""
+"""The command line: pctalk talk | verify | bench | train.
+
+Nothing that imports torch is imported up here: `main` has a word with OpenMP first.
+"""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import math
+import os
 import signal
 import sys
 from collections.abc import Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 from typing import NoReturn
 
 from . import __version__
-from .keypoints import EMOTIONS, REGIONS
-from .media import frame_rate
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, 1 when a check failed, 2 for bad input (said on stderr), 130 interrupted."""
+    # Torch's threads would spin while they wait for each other and take the processor from the video encoder: on two cores
+    # the whole chain then runs six times slower as soon as anything else runs too.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -59,6 +65,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
+    from .keypoints import EMOTIONS, REGIONS
+
     parser = _Parser(prog="pctalk", description="A portrait speaks a recording, with the emotion you choose.")
     parser.add_argument("--version", action="version", version=f"pctalk {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -123,6 +131,18 @@ def _parser() -> argparse.ArgumentParser:
     bench.set_defaults(run=_bench)
     bench.add_argument("--long", action="store_true", help="also measure memory over a 10-minute recording (takes minutes)")
     bench.add_argument("--runs", type=_count, default=3, metavar="N", help="measure N times, show medians (default 3)")
+    bench.add_argument(
+        "--renderer",
+        choices=("mesh", "liveportrait"),
+        default="mesh",
+        help="mesh: the whole chain on the CPU; liveportrait: its networks alone, with random weights (default mesh)",
+    )
+    bench.add_argument(
+        "--device",
+        type=_device,
+        default="cpu",
+        help="where the liveportrait networks run, such as cpu, cuda or mps (default cpu)",
+    )
 
     # Listed here for the help text; its own arguments are read by the training code.
     commands.add_parser("train", help="train the starter motion model")
@@ -131,6 +151,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _emotion(text: str) -> tuple[str, str, float]:
     """NAME, NAME:REGION, NAME:INTENSITY or NAME:REGION:INTENSITY."""
+    from .keypoints import EMOTIONS, REGIONS
+
     name, *rest = text.split(":")
     if name not in EMOTIONS:
         raise argparse.ArgumentTypeError(f"unknown emotion {name!r}, choose one of {', '.join(EMOTIONS)}")
@@ -167,7 +189,9 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _frame_rate(text: str):
+def _frame_rate(text: str) -> Fraction:
+    from .media import frame_rate
+
     try:
         return frame_rate(text)
     except ValueError as error:
@@ -252,9 +276,17 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from .evaluate.bench import bench
+    from .evaluate.bench import bench, table
+    from .evaluate.bench_liveportrait import liveportrait_rows
 
-    bench(runs=options.runs, long=options.long)
+    if options.renderer == "liveportrait":
+        if options.long:
+            raise ValueError("--long measures the mesh renderer's chain: leave it out with --renderer liveportrait.")
+        print(table(liveportrait_rows(options.runs, options.device)))
+    elif str(options.device) != "cpu":
+        raise ValueError(f"--device {options.device} is for --renderer liveportrait: leave it out, the chain runs on the CPU.")
+    else:
+        bench(runs=options.runs, long=options.long)
     return 0
 
 

@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from pctalk.cli import main
+from pctalk.evaluate import bench_liveportrait
+from pctalk.evaluate.bench_liveportrait import Networks, liveportrait_rows
 from pctalk.faces import FaceFinder, paste_back, paste_mask
 from pctalk.keypoints import Deformation, Keypoints, add_deformations, rotation_matrix
 from pctalk.media import read_image
@@ -429,3 +432,36 @@ def test_another_renderers_portrait_is_refused(renderer, extracted):
 def test_landmarks_of_other_pictures_are_refused(renderer, portrait_image):
     with pytest.raises(ValueError, match="landmarks for 3 frames and 1 pictures"):
         renderer.extract(portrait_image, landmarks=[torch.rand(468, 2)] * 3)
+
+
+def narrow_networks() -> Networks:
+    return Networks(narrow_appearance(), narrow_motion(), narrow_warping(), narrow_generator())
+
+
+def test_benchmark_of_the_networks(capsys, monkeypatch):
+    monkeypatch.setattr(bench_liveportrait, "random_networks", narrow_networks)
+    assert main(["bench", "--renderer", "liveportrait", "--runs", "1"]) == 0
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in capsys.readouterr().out.splitlines()]
+    figures = {name: value for name, value, _ in cells}
+    for precision in ("float32", "bfloat16"):
+        for part in ("F, once a source frame", "M, once a source frame", "W", "G"):
+            assert float(figures[f"{part}, {precision}"].removesuffix(" ms")) > 0
+        for batch in (1, 2):
+            assert "frames/s" in figures[f"W + G, {precision}, {batch} at once"]
+    assert float(figures["- bfloat16 against float32"].removeprefix("PSNR ").removesuffix(" dB")) > 30
+
+
+def test_benchmark_does_the_same_work_in_every_form():
+    plain = narrow_networks()
+    image, (source, driving) = torch.rand(1, 3, 256, 256), keypoints(1)
+    ours = bench_liveportrait.inference_networks(plain, torch.device("cpu"), torch.float32)
+    expected = plain.draw(plain.appearance(image), source, driving)
+    assert difference(ours.draw(ours.appearance(image), source, driving), expected) < 1e-3
+    names = [row.name for row in liveportrait_rows(1, batches=(2,), plain=plain)]
+    assert "W + G, float32, 2 at once" in names and "W + G, float32, 1 at once" not in names
+
+
+@pytest.mark.parametrize("arguments", [["--renderer", "liveportrait", "--long"], ["--device", "meta"]])
+def test_benchmark_options_that_do_not_fit(arguments, capsys):
+    assert main(["bench", *arguments]) == 2
+    assert "leave it out" in capsys.readouterr().err
