@@ -13,7 +13,8 @@ from PIL import Image
 from pctalk.faces import crop_image
 from pctalk.keypoints import LIPS, Keypoints, euler_angles, rotation_matrix
 from pctalk.render import Portrait
-from pctalk.render.mesh import GROUP, Basis, MeshRenderer
+from pctalk.render.basis import Basis
+from pctalk.render.mesh import GROUP, MeshRenderer
 from pctalk.render.warp import Lattice, pull_back, refine, spline_weights
 
 PORTRAIT = Path(__file__).parents[1] / "web" / "examples" / "portrait.jpg"
@@ -204,7 +205,8 @@ def test_the_head_turns_the_way_it_is_told(renderer, extracted, yaw):
 def test_nothing_moves_far_from_the_face(renderer, extracted, paste_back, turn):
     portrait, keypoints = extracted
     keypoints = turned(keypoints, turn) if turn else keypoints
-    frames = drawn(renderer, portrait, moved(keypoints, {**opened(0.08), **shut(0.02), **raised_brows(0.02)}), paste_back=paste_back)
+    track = moved(keypoints, {**opened(0.08), **shut(0.02), **raised_brows(0.02)})
+    frames = drawn(renderer, portrait, track, paste_back=paste_back)
     crop = portrait.crops[0]
     source = portrait.frames[0] if paste_back else crop_image(portrait.frames[0], crop)
     changed = (frames[0] != source).any(dim=-1)
