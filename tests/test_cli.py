@@ -394,3 +394,18 @@ def test_train_hands_over_to_the_training(monkeypatch):
     monkeypatch.setattr(starter, "main", lambda arguments: calls.append(arguments) or 0)
     assert main(["train", "--work", "somewhere", "--quick"]) == 0
     assert calls == [["--work", "somewhere", "--quick"]]
+
+
+def test_torch_is_told_not_to_spin():
+    """OpenMP reads its wait policy when torch is imported, so the command line must not import it any earlier."""
+    script = "import os, sys, pctalk.cli; early = 'torch' in sys.modules; pctalk.cli.main(['verify', 'absent']); "
+    script += "print(early, 'torch' in sys.modules, os.environ['OMP_WAIT_POLICY'])"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**environment, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout == "False True PASSIVE\n", done.stderr
