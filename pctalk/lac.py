@@ -3,7 +3,7 @@
     speech -> windows of the predictor, each refined and warm-started by the one before -> smoothing
            -> amplitude (and loudness) -> articulation edits -> D_l on the six lip keypoints
 
-Follows PC-Talk (CVPR 2026, arXiv 2503.14295) and its published inference code; KEYPOINTS and windows as there.
+Follows PC-Talk (CVPR 2026, arXiv 2503.14295) and what its published inference code computes.
 """
 
 from __future__ import annotations

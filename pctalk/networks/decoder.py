@@ -228,7 +228,7 @@ class PreparedDecoder:
 
     Only the previous output D (18 or 63 numbers) is new at a step, and up to the softmax all is affine in it: the token
     x_i = M D + c_i, its query, its key, and, as attention is a weighted sum, each head's value already brought through
-    the output projection. These maps of D and their constants for every position are composed once. Without gradients.
+    the output projection. These maps of D and their constants for every position are composed once. No gradients flow.
     """
 
     @torch.inference_mode()
@@ -238,28 +238,25 @@ class PreparedDecoder:
         attention = self.layer.self_attn
         self.heads = attention.heads
         dim = style.shape[1]
+        self.sizes = (dim, dim, dim, self.heads * dim)  # token, query, key, values brought out
         constant = style + network.PPE(0, network.window)[:, None]  # c_i [window, rows, dim]
         constant[1:] += network.vertice_map.bias
-        inputs = torch.cat([constant.flatten(0, 1), network.vertice_map.weight.t()])  # c_i and the columns of M
-        query, key, value = F.linear(inputs, attention.in_proj_weight).chunk(3, dim=-1)
-        brought = self._brought_out(value)
-        maps = torch.cat([inputs, query * (dim // self.heads) ** -0.5, key, brought], dim=-1)
-        query, key, value = attention.in_proj_bias.chunk(3)
-        brought = self._brought_out(value[None])[0]
-        bias = torch.cat([attention.out_proj.bias, query * (dim // self.heads) ** -0.5, key, brought])
-        self.sizes = (dim, dim, dim, self.heads * dim)
-        steps = constant.shape[0] * constant.shape[1]
-        self.constants = (maps[:steps] + bias).unflatten(0, constant.shape[:2])  # [window, rows, (3 + heads) dim]
-        self.weight = maps[steps:]  # [outputs, (3 + heads) dim]
+        tokens = torch.cat([constant.flatten(0, 1), network.vertice_map.weight.t()])  # all c_i, and the columns of M
+        maps = self._mapped(tokens, F.linear(tokens, attention.in_proj_weight))
+        bias = self._mapped(attention.out_proj.bias, attention.in_proj_bias)
+        constants, self.weight = maps.tensor_split([-network.vertice_map.in_features])
+        self.constants = (constants + bias).unflatten(0, constant.shape[:2])  # [window, rows, sum(sizes)]; weight [outputs, ..]
 
-    def _brought_out(self, values: Tensor) -> Tensor:
-        """Each head's values through its part of the output projection: [n, dim] to [n, heads dim]."""
+    def _mapped(self, tokens: Tensor, projected: Tensor) -> Tensor:
+        """Tokens [..., dim] and their projection [..., 3 dim] to what a step needs of them, [..., sum(sizes)]."""
+        query, key, value = projected.chunk(3, dim=-1)
         out = self.layer.self_attn.out_proj.weight.unflatten(1, (self.heads, -1))  # [dim, heads, head_dim]
-        return torch.einsum("nhi,dhi->nhd", values.unflatten(1, (self.heads, -1)), out).flatten(1)
+        brought_out = torch.einsum("...hi,dhi->...hd", value.unflatten(-1, (self.heads, -1)), out).flatten(-2)
+        return torch.cat([tokens, query * out.shape[2] ** -0.5, key, brought_out], dim=-1)
 
     @torch.inference_mode()
     def cross(self, memory: Tensor) -> Tensor:
-        """What the frames draw from the memory, [..., dim] to [..., dim]: as much at once as fits."""
+        """What the frames draw from the memory, [..., dim] to [..., dim], as many at once as there are."""
         return self.layer.multihead_attn.diagonal(memory)
 
     def __call__(self, cross: Tensor, warm: Tensor | None = None) -> Tensor:
@@ -277,7 +274,7 @@ class PreparedDecoder:
     def _decode(self, cross: Tensor, warm: Tensor | None) -> Tensor:
         rows, frames, dim = cross.shape
         heads, layer, out = self.heads, self.layer, self.network.vertice_map_r
-        drawn, constants = cross.unbind(1), self.constants.unbind()  # n times [rows, dim], [rows, (3 + heads) dim]
+        drawn, constants = cross.unbind(1), self.constants.unbind()  # n times [rows, dim], [rows, sum(sizes)]
         keys = cross.new_empty(frames, rows * heads, dim // heads)
         values = cross.new_empty(frames, rows * heads, dim)
         new_keys, new_values = keys.view(frames, rows, -1).unbind(), values.view(frames, rows, -1).unbind()
