@@ -150,6 +150,23 @@ def test_an_interrupt_leaves_nothing(tmp_path, motion_model, number):
     assert names(tmp_path / "out") == []
 
 
+def test_the_starter_opens_the_lips_with_the_voice(tmp_path, capsys):
+    """What ships, as `make demo` runs it, on the first four seconds of the example."""
+    from pctalk.media import read_audio
+    from pctalk.speech import loudness_envelope
+
+    waveform, _ = read_audio(ROOT / "web" / "examples" / "speech.flac")
+    sound = write_sound(tmp_path / "a.wav", waveform[:, : 4 * RATE].numpy(), RATE, "pcm_s16le")
+    arguments = ["talk", PORTRAIT, sound, "-o", tmp_path / "out.mp4", "--save-motion", tmp_path / "motion.safetensors"]
+    assert main([*map(str, arguments), "--emotion", "happy:all:0.5"]) == 0
+    assert "100 frames of 320 x 320" in capsys.readouterr().out
+    expression = Keypoints.load(tmp_path / "motion.safetensors").expression
+    opening = expression[:, 19, 1] - expression[:, 20, 1]  # lower against upper lip
+    voice = 10.0 ** (loudness_envelope(waveform[0, : 4 * RATE]) / 20.0)
+    together = [torch.corrcoef(torch.stack([opening.roll(shift), voice]))[0, 1] for shift in range(100)]
+    assert together[0] > 0.3 and together[0] > torch.stack(together[10:90]).quantile(0.9)
+
+
 # Pictures
 
 
