@@ -126,7 +126,7 @@ class WarpDecode(io.ComfyNode):
                 io.Boolean.Input(
                     "stitching",
                     default=True,
-                    tooltip="Keeps shoulders and neck where they are, so that no seam shows when the face is pasted back.",
+                    tooltip="Keeps shoulders and neck where they are, so that no seam shows. mesh never moves them.",
                 ),
                 io.Int.Input(
                     "batch",

@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tempfile
 import time
@@ -55,7 +55,7 @@ def cache_folder() -> Path:
 
 
 def install(cache: Path | None = None) -> Installation:
-    """The installation for the running interpreter, built when it isn't there yet (about two minutes)."""
+    """The installation for the running interpreter, built when it isn't there yet (about a minute)."""
     from filelock import FileLock
 
     cache = cache or cache_folder()
@@ -73,7 +73,7 @@ def install(cache: Path | None = None) -> Installation:
 def _environment() -> str:
     """A name for what is installed in the running interpreter, so that another set of packages gets its own build."""
     installed = sorted(f"{d.name.lower()}=={d.version}" for d in metadata.distributions() if d.name != "comfyui-pctalk")
-    described = [platform.platform(), sys.version, *installed]
+    described = [sysconfig.get_platform(), sys.implementation.cache_tag, *installed]
     return hashlib.sha256("\n".join(described).encode()).hexdigest()[:10]
 
 
