@@ -150,9 +150,9 @@ def paint(
     gets a row of teeth of average size, as white as the portrait's eyes.
     Args: points [h, w, 2] positions of the texture's pixels; feather as in `layer_masks`; white, lips [3] colours 0..255; own:
     the portrait's colours at `points` [h, w, 3] and the share of its upper teeth (see `Teeth`), when its lips are apart.
-    Returns: head [1, 5, h, w], colour and alpha of what the skull carries (upper teeth), and the light already on it; jaw
-    [1, 4, h, w], colour and alpha of what the jaw carries (lower teeth, tongue, the lip's wet side); cavity [3], the dark
-    behind.
+    Returns: head [1, 5, h, w] and jaw [1, 5, h, w]: colour and alpha of what the skull carries (upper teeth) and of what the
+    jaw carries (lower teeth, tongue, the lip's wet side), and the light that their colours already hold; cavity [3]: the dark
+    behind them.
     """
     white, lips = white.to(points), lips.to(points)
     p, q = outline.to_axes(points).unbind(dim=-1)
@@ -165,7 +165,7 @@ def paint(
     rim = smoothstep((q - lower_edge) / (0.05 * unit) + 1.0) * smoothstep((0.1 * unit - outline.beyond(p)) / (0.1 * unit))
     inner_lip = torch.cat([(0.55 * lips + 0.2 * cavity).expand(*p.shape, 3), 0.9 * rim[..., None]], dim=-1)
     jaw = over(inner_lip, over(lower_row, tongue))
-    light = torch.ones_like(p)
+    head_light = jaw_light = torch.ones_like(p)
     if own is None:
         head = _teeth(p, q, top + 0.05 * unit, unit, white, cavity)
     else:
@@ -175,13 +175,15 @@ def paint(
         inside = (depth + 3.0 * feather + outline.beyond(p)).clamp(0.0, 1.0)
         inside = inside * smoothstep((0.08 * unit - outline.beyond(p)) / (0.03 * unit))
         # The portrait's own shadow is in its colours: the one drawn over them must not count twice.
-        light = 1.0 - SHADOW * shadow_under(q - upper_edge, unit)
+        head_light = 1.0 - SHADOW * shadow_under(q - upper_edge, unit)
         head = torch.cat([colours, inside[..., None]], dim=-1)
         if upper_share < 1.0:
             below = (q - upper_edge - upper_share * (lower_edge - upper_edge)) / (2.0 * feather)
             head[..., 3] *= (0.5 - below).clamp(0.0, 1.0)
             jaw = torch.cat([colours, (inside * (1.5 + below).clamp(0.0, 1.0))[..., None]], dim=-1)
-    head = torch.cat([head, light[..., None]], dim=-1)
+            jaw_light = head_light
+    head = torch.cat([head, head_light[..., None]], dim=-1)
+    jaw = torch.cat([jaw, jaw_light[..., None]], dim=-1)
     return head.permute(2, 0, 1)[None], jaw.permute(2, 0, 1)[None], cavity
 
 

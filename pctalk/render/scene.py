@@ -296,6 +296,8 @@ class Mouth(Opening):
         jaw_moves = JAW_SHARE * displacement[:, LOWER_LIP_MIDDLE].mean(dim=1)
         jaw = look_up(self.jaw_texture, self._carried(motion, extra=jaw_moves))
         head = look_up(self.head_texture, self._carried(motion))
-        behind = torch.lerp(self.cavity, jaw[:, :3], jaw[:, 3:4]) * light
-        # Teeth of the portrait carry its own light; a lip that comes lower only darkens them.
-        return torch.lerp(behind, head[:, :3] * (light / head[:, 4:5]).clamp(max=1.0), head[:, 3:4])
+        colours = self.cavity * light
+        for part in (jaw, head):
+            # What the portrait itself shows holds its own light; a lip that comes lower only darkens it.
+            colours = torch.lerp(colours, part[:, :3] * (light / part[:, 4:5]).clamp(max=1.0), part[:, 3:4])
+        return colours
