@@ -149,7 +149,7 @@ def test_lips_open_as_far_as_they_are_told(renderer, extracted):
     amounts = [0.0, 0.015, 0.03, 0.05, 0.08]
     track = moved(at_rest(renderer, keypoints), *(opened(amount) for amount in amounts))
     gaps = lip_gap(measured(renderer, drawn(renderer, portrait, track, paste_back=False)))
-    assert (gaps.diff() > 1.0).all(), gaps
+    assert (gaps.diff() > 0.0).all() and gaps[-1] > gaps[0] + 10.0, gaps
 
 
 def test_a_smiling_portrait_closes_its_mouth_at_rest(renderer, extracted):

@@ -25,7 +25,7 @@ EYE_CORNERS = (33, 133, 263, 362)
 
 CLOSED_GAP = 0.05  # units; landmarks of closed lips still lie about 0.04 apart
 # How much of what sets a face apart from the mean face is read as expression; the rest is how the person looks.
-EXPRESSIVE = 0.6
+EXPRESSIVE = 0.75
 MOST_UNUSUAL = 3.0  # standard deviations of real expression at which a reading is cut
 
 
