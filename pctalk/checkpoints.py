@@ -89,9 +89,7 @@ def load_motion_model(path: str | Path | None = None, name: str | None = None) -
     if name is None:
         name = "starter" if path is None else folder.name
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"There is no motion model at {folder}: give the folder that holds lac.safetensors."
-        )
+        raise FileNotFoundError(f"There is no motion model at {folder}: give the folder that holds lac.safetensors.")
     audio_encoder, _ = _load(folder, "audio_encoder")
     lac, config = _load(folder, "lac")
     emc, _ = _load(folder, "emc")
@@ -99,11 +97,10 @@ def load_motion_model(path: str | Path | None = None, name: str | None = None) -
     if (folder / "style_encoder.safetensors").exists():
         style_encoder, _ = _load(folder, "style_encoder")
         if style_encoder.vertice_map.out_features != lac["predictor"].vertice_map.out_features:
-            raise ValueError(
-                f"The style encoder in {folder} does not fit its lac.safetensors: remove or replace it."
-            )
-    recommended = tuple(config.get("recommended_styles", (0,)))
-    return MotionModel(name, audio_encoder, lac["predictor"], lac["refiner"], emc, style_encoder, recommended)
+            raise ValueError(f"The style encoder in {folder} does not fit its lac.safetensors: remove or replace it.")
+    ids, advised = range(lac["predictor"].obj_vector.in_features), config.get("recommended_styles")
+    recommended = tuple(style for style in advised if style in ids) if isinstance(advised, list) else ()
+    return MotionModel(name, audio_encoder, lac["predictor"], lac["refiner"], emc, style_encoder, recommended or (0,))
 
 
 def save_motion_model(model: MotionModel, folder: str | Path, dtype: torch.dtype = torch.float16) -> None:
@@ -174,9 +171,9 @@ def _load(folder: Path, kind: str) -> tuple[nn.Module, dict]:
         raise FileNotFoundError(f"The motion model in {folder} has no {file.name}: put the file there or load another model.")
     try:
         with safe_open(str(file), framework="pt") as opened:
-            config = json.loads((opened.metadata() or {}).get("pctalk_config", "{}"))
+            config = dict(json.loads((opened.metadata() or {}).get("pctalk_config", "{}")))
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, TypeError, ValueError) as error:
         raise ValueError(f"{file} is not a complete .safetensors file ({error}): copy or download it again.") from None
     found = next((name for name, key in RECOGNISED_BY.items() if key in tensors), None)
     if found != kind:
@@ -184,7 +181,7 @@ def _load(folder: Path, kind: str) -> tuple[nn.Module, dict]:
         raise ValueError(f"{file} holds {holds}, expected {kind}: put the right file in its place.")
     try:
         network = _build(kind, tensors, config)
-    except (KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{file} is no usable {kind} network ({error}): copy or download it again.") from None
     parts = [network["predictor"], network["refiner"]] if kind == "lac" else [network]
     given = {key: value for key, value in tensors.items() if not key.endswith("PPE.pe")}

@@ -173,6 +173,18 @@ def splice(_, metadata):
     metadata["pctalk_config"] = json.dumps({"heads": 7})
 
 
+def behead(_, metadata):
+    metadata["pctalk_config"] = json.dumps({"heads": 0})
+
+
+def enlist(_, metadata):
+    metadata["pctalk_config"] = "[1, 2]"
+
+
+def flatten(tensors, _):
+    tensors["obj_vector.weight"] = torch.zeros(32)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -184,6 +196,9 @@ def splice(_, metadata):
         (scribble, "not a complete .safetensors file"),
         (stretch, "windows of 1000000000 frames"),
         (splice, "7 heads of 32 features"),
+        (behead, "no usable lac network"),
+        (enlist, "not a complete .safetensors file"),
+        (flatten, "no usable lac network"),
     ],
 )
 def test_broken_files(folder, change, message):
@@ -198,6 +213,15 @@ def test_a_style_encoder_of_another_model(folder, tmp_path):
     (folder / "style_encoder.safetensors").write_bytes((tmp_path / "other" / "style_encoder.safetensors").read_bytes())
     with pytest.raises(ValueError, match="does not fit its lac"):
         load_motion_model(folder)
+
+
+def test_recommended_styles_exist(folder):
+    def recommend(_, metadata):
+        config = json.loads(metadata["pctalk_config"])
+        metadata["pctalk_config"] = json.dumps({**config, "recommended_styles": [192, 4, "x", -1]})
+
+    rewrite(folder / "lac.safetensors", recommend)
+    assert load_motion_model(folder).recommended_styles == (4,)
 
 
 def test_moving_a_model(folder):
