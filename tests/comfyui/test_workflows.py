@@ -122,34 +122,39 @@ def test_face_moves_where_speech_is_and_background_holds_still(videos, faces, lo
 def test_lips_open_with_loudness(faces, loudness):
     opening = np.array([distance(face, INNER_LIPS) for face in faces["talking_portrait"]])
     level = np.maximum(loudness, -50.0)
-    correlation = max(np.corrcoef(opening, np.roll(level, lag))[0, 1] for lag in range(-2, 3))
-    assert correlation > 0.4
-    assert np.percentile(opening, 95) - np.percentile(opening, 5) > 0.05
+
+    def agreement(track: np.ndarray) -> float:
+        return max(np.corrcoef(opening, np.roll(track, lag))[0, 1] for lag in range(-2, 3))
+
+    assert agreement(level) > 0.3
+    assert agreement(level) > agreement(level[::-1]) + 0.2
+    assert np.percentile(opening, 95) > 1.5 * np.percentile(opening, 5)
 
 
-def test_mixed_emotions_show_in_their_regions(server, example, faces, kept):
-    """Against the same graph with both emotions at 0: a wider mouth under brows that come up and together."""
-    prompt = example("mixed_emotions")
-    for node in prompt.values():
-        if node["class_type"] == "PCTalk_EMCDeform":
-            node["inputs"]["intensity"] = 0.0
-    prompt["keep"] = {
-        "class_type": "ProbeKeep",
-        "inputs": {"value": [workflow.node_id(prompt, "PCTalk_WarpDecode"), 0], "name": "neutral"},
-    }
-    neutral_frames = torch.from_numpy(kept(prompt, "neutral")["value"]).mul(255).round().byte()
-    neutral = FaceFinder.from_assets().track(neutral_frames[::5])
-    mixed = faces["mixed_emotions"][::5]
+def test_mixed_emotions_show_in_their_regions(example, kept):
+    """Against the same graph with both emotions at 0: a wider mouth whose corners rise, under inner brows that rise."""
+    finder = FaceFinder.from_assets()
 
-    def mean(of: list[Face], pair: tuple[int, int]) -> float:
-        return float(np.mean([distance(face, pair) for face in of]))
+    def mean_face(intensity: float) -> torch.Tensor:
+        """Landmarks [468, 2] over the face crop, averaged over the clip; 1 is the distance of the outer eye corners."""
+        prompt = example("mixed_emotions")
+        for node in prompt.values():
+            if node["class_type"] == "PCTalk_EMCDeform" and intensity == 0.0:
+                node["inputs"]["intensity"] = 0.0
+        draw = workflow.node_id(prompt, "PCTalk_WarpDecode")
+        prompt[draw]["inputs"]["paste_back"] = False
+        prompt["keep"] = {"class_type": "ProbeKeep", "inputs": {"value": [draw, 0], "name": "mixed"}}
+        frames = torch.from_numpy(kept(prompt, "mixed")["value"][::6]).mul(255).round().byte()
+        points = torch.stack([face.landmarks[:, :2] for face in finder.track(frames)]).mean(0)
+        return points / (points[EYE_CORNERS[0]] - points[EYE_CORNERS[1]]).norm()
 
-    def lift(of: list[Face]) -> float:
-        pairs = zip(INNER_BROWS, INNER_EYES, strict=True)
-        return float(np.mean([mean(of, pair) for pair in pairs]))
-
-    assert mean(mixed, MOUTH_CORNERS) > mean(neutral, MOUTH_CORNERS) + 0.02
-    assert lift(mixed) > lift(neutral) + 0.01
+    moved = mean_face(1.0) - mean_face(0.0)
+    eyes = moved[list(INNER_EYES)].mean(0)
+    left, right = moved[list(MOUTH_CORNERS)] - eyes
+    assert left[0] < -0.01 and right[0] > 0.01  # apart
+    assert left[1] < -0.01 and right[1] < -0.01  # up
+    brows = moved[list(INNER_BROWS)].mean(0) - eyes
+    assert brows[1] < -0.004  # up
 
 
 def test_preview_of_the_plot(server, runs, example):
