@@ -279,3 +279,41 @@ def test_refining_keeps_the_pixels():
     image = torch.rand(3, 7, 9)
     fine = refine(image)
     assert fine.shape == (3, 13, 17) and torch.equal(fine[:, ::2, ::2], image)
+
+
+@pytest.mark.parametrize("change", ["tilted", "cut", "small", "grey"])
+def test_unusual_portraits_are_drawn_exactly(renderer, change):
+    source = Image.open(PORTRAIT).convert("RGB")
+    source = {
+        "tilted": lambda: source.rotate(35, Image.Resampling.BICUBIC, expand=True),
+        "cut": lambda: source.crop((0, 0, 175, 320)),
+        "small": lambda: source.resize((128, 128), Image.Resampling.LANCZOS),
+        "grey": lambda: source.convert("L").convert("RGB"),
+    }[change]()
+    portrait, keypoints = renderer.extract(torch.from_numpy(np.asarray(source).copy())[None].float() / 255.0)
+    still, talking = drawn(renderer, portrait, moved(keypoints, {}, {**opened(0.05), **shut(0.02)}))
+    assert (still.int() - portrait.frames[0].int()).abs().max() <= 1
+    assert (talking != still).any(dim=-1).sum() > 200
+
+
+def test_the_mouth_goes_along_with_the_head(renderer, extracted):
+    portrait, keypoints = extracted
+    far = replace(keypoints, translation=keypoints.translation + torch.tensor([[0.2, 0.0, 0.0]]))
+    track = moved(far, {**opened(0.06)})
+    here, there = (drawn(renderer, portrait, keys, paste_back=False)[0] for keys in (moved(keypoints, {**opened(0.06)}), track))
+    shift = 0.6 * 0.3 + 0.4 * 0.3 * np.tanh((0.2 - 0.6 * 0.3) / (0.4 * 0.3))  # the soft limit of MAX_SHIFT
+    pixels = round(shift * 256)
+    x, y = portrait.features["landmarks"][0][[13, 14], :2].mean(dim=0).int().tolist()
+    mouth = here[y - 25 : y + 55, x - 60 : x + 60].float()
+    moved_mouth = there[y - 25 : y + 55, x - 60 + pixels : x + 60 + pixels].float()
+    assert (mouth - moved_mouth).abs().mean() < 4.0
+
+
+def test_both_eyes_close_on_a_turned_head(renderer, extracted):
+    portrait, keypoints = extracted
+    aside = turned(replace(keypoints, translation=keypoints.translation + torch.tensor([[0.1, 0.0, 0.0]])), 8.0)
+    awake, asleep = drawn(renderer, portrait, moved(aside, {}, shut(0.02)), paste_back=False).float()
+    seen = measured(renderer, awake[None].byte())[0]
+    for lids in ([159, 145], [386, 374]):
+        x, y = seen[lids, :2].mean(dim=0).int().tolist()
+        assert (awake - asleep)[y - 6 : y + 6, x - 8 : x + 8].abs().mean() > 15

@@ -149,6 +149,15 @@ class Patch:
         """The same from an offset of every pixel, [b, height * width, 2]."""
         return (offset @ self.to_grid).unflatten(1, (self.height, self.width)).add_(self.base)
 
+    def shared(self, other: Patch) -> tuple[tuple, tuple]:
+        """What another patch of the same canvas has in common with this one: an index into each one's [b, c, height, width]."""
+        left, right = max(self.left, other.left), min(self.left + self.width, other.left + other.width)
+        top, bottom = max(self.top, other.top), min(self.top + self.height, other.top + other.height)
+        return tuple(
+            (..., slice(top - patch.top, max(top, bottom) - patch.top), slice(left - patch.left, max(left, right) - patch.left))
+            for patch in (self, other)
+        )
+
     def put(self, frames: Tensor, colours: Tensor) -> None:
         """Write colours [b, 3, height, width], 0.5..255.5, into canvases uint8 [b, H, W, 3]."""
         area = frames[:, self.top : self.top + self.height, self.left : self.left + self.width]

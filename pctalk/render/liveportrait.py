@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 
 INPUT_SIZE = 256  # of F and M
 READ_BATCH = 16  # source frames that M reads at once
-# Frames drawn at once unless the caller chooses. On a GPU in half precision they and the networks fit in 4 GB.
-CPU_BATCH, GPU_BATCH = 1, 4
+# Frames drawn at once unless the caller chooses. More would only leave a CPU's cache; a frame takes about 0.3 GB in float32.
+CPU_BATCH, GPU_BATCH = 1, 8
 PASTED_BYTES = 1 << 27  # of whole pictures made at once
 
 

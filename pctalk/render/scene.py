@@ -99,10 +99,14 @@ class Scene:
         expression = self.field(displacement)
         field = self.turning(expression, motion.turn, motion.shift) if self.turning else expression
         offset = pull_back(field, self.field.lattice, self.patch.nodes)
-        frames = self.background.expand(self.group, -1, -1, -1).clone()
-        self.patch.put(frames, look_up(self.patch.texture, self.patch.grid(offset)))
+        colours = look_up(self.patch.texture, self.patch.grid(offset))
         for opening in self.openings:
-            opening.patch.put(frames, opening.draw(displacement, expression, motion))
+            place, within = self.patch.shared(opening.patch)
+            drawn, cover = opening.draw(displacement, expression, motion)
+            # A head that turns needs boxes so large that they overlap: each is laid in only where the opening is.
+            colours[place] = torch.lerp(colours[place], drawn[within], cover[within]) if self.turns else drawn[within]
+        frames = self.background.expand(self.group, -1, -1, -1).clone()
+        self.patch.put(frames, colours)
         return frames[:count].cpu()
 
 
@@ -130,16 +134,17 @@ class Opening:
         self.face_share = (1.0 - own).reshape(1, 1, lattice.rows, lattice.columns).float().to(device)
         self.face_places = scene.field.lattice.normalise(lattice.nodes())[None].float().to(device)
 
-        self.patch = Patch.covering(scene.canvas, low, high, self.zone.step, 0.2 * shape.unit, device)
+        self.patch = Patch.covering(scene.canvas, low, high, self.zone.step, 0.2 * shape.unit + room, device)
         centre = shape.points[[ring[len(ring) // 2] for ring in (upper, lower)], 2].mean()  # depth of what lies inside
         self.centre = (torch.cat([self.middle, centre[None]]) - shape.pivot).float().to(device)
         self.pixels = (self.patch.pixels(scene.canvas) - self.middle).float().to(device)
         upper_mask, lower_mask, shadow = openings.layer_masks(
             self.outline, self.patch.places, shape.unit, self.feather, self._overlap(scene)
         )
-        masks = torch.stack([upper_mask, lower_mask, shadow])[:, None].to(device)
-        self.upper_texture = torch.cat([self.patch.texture, masks[None, 0], masks[None, 2]], dim=1)  # colours, alpha, shadow
-        self.lower_texture = torch.cat([self.patch.texture, masks[None, 1]], dim=1)  # colours, alpha
+        cover = smoothstep(self._blend(shape, self.patch.places) / 0.1)
+        masks = torch.stack([upper_mask, shadow, cover, lower_mask])[None].to(device)
+        self.upper_texture = torch.cat([self.patch.texture, masks[:, :3]], dim=1)  # colours, alpha, shadow, cover
+        self.lower_texture = torch.cat([self.patch.texture, masks[:, 3:]], dim=1)  # colours, alpha
 
     def _overlap(self, scene: Scene) -> float:
         """Crop pixels that the lower layer reaches under the upper edge."""
@@ -169,11 +174,11 @@ class Opening:
         low, high = self.middle - extent, self.middle + extent + drop
         return low.clamp(min=0.0, max=shape.crop_size - 2.0), high.clamp(min=2.0, max=float(shape.crop_size))
 
-    def _blend(self, shape: FaceShape, nodes: Tensor) -> Tensor:
-        """How much of a place [n, 2] is the layers' own motion, 1 within and 0 where the face's alone holds: [n]."""
-        own, extent = self._extent(shape)
-        axes = ((nodes - self.middle) @ self.outline.axes.T).abs()
-        return smoothstep(1.0 - ((axes - own) / (extent - own)).clamp(min=0.0).norm(dim=1))
+    def _blend(self, shape: FaceShape, places: Tensor) -> Tensor:
+        """How much of a place [..., 2] is the layers' own motion, 1 within and 0 where the face's alone holds: [...]."""
+        own, extent = (size.to(places) for size in self._extent(shape))
+        axes = ((places - self.middle.to(places)) @ self.outline.axes.T.to(places)).abs()
+        return smoothstep(1.0 - ((axes - own) / (extent - own)).clamp(min=0.0).norm(dim=-1))
 
     def _field(self, shape: FaceShape, lattice: Lattice, own: Tensor, device: torch.device, is_upper: bool) -> Field:
         _, extent = self._extent(shape)
@@ -186,8 +191,8 @@ class Opening:
         weights = spline_weights(places, nodes) * (own * shape.expression_window(nodes))[:, None]
         return Field(lattice, weights.float().to(device), torch.tensor(controls, device=device))
 
-    def draw(self, displacement: Tensor, expression: Tensor, motion: Motion) -> Tensor:
-        """Colours of the patch [b, 3, height, width].
+    def draw(self, displacement: Tensor, expression: Tensor, motion: Motion) -> tuple[Tensor, Tensor]:
+        """Colours of the patch [b, 3, height, width], and where in it the opening is [b, 1, height, width].
 
         Args: displacement [b, 468, 2] of landmarks; expression [b, 2, rows, columns]: the face's field before the head turns.
         """
@@ -198,7 +203,7 @@ class Opening:
         upper = self._layer(self.upper_field(displacement) + face, self.upper_texture, motion)
         lower = self._layer(self.lower_field(displacement) + face, self.lower_texture, motion)
         colours = torch.lerp(self.inside(displacement, motion, upper), lower[:, :3], lower[:, 3:4])
-        return torch.lerp(colours, upper[:, :3], upper[:, 3:4])
+        return torch.lerp(colours, upper[:, :3], upper[:, 3:4]), upper[:, 5:6]
 
     def _layer(self, field: Tensor, texture: Tensor, motion: Motion) -> Tensor:
         if self.turning:
