@@ -322,9 +322,16 @@ def halve_plane_channels_last(x: Tensor) -> Tensor:
 
 def instance_normalised(x: Tensor) -> Tensor:
     """Instance normalisation without affine, in channels-last: [B, C, H, W]."""
-    if x.device.type == "cpu":  # the only channels-last statistics that CPUs take in one pass are those of a batch
-        samples = [F.batch_norm(sample, None, None, training=True) for sample in x.split(1)]
-        return samples[0] if len(samples) == 1 else torch.cat(samples)
+    return _normalised_one_by_one(x) if x.device.type == "cpu" else _normalised_together(x)
+
+
+def _normalised_one_by_one(x: Tensor) -> Tensor:
+    """The only channels-last statistics that CPUs take in one pass are those of a batch."""
+    samples = [F.batch_norm(sample, None, None, training=True) for sample in x.split(1)]
+    return samples[0] if len(samples) == 1 else torch.cat(samples)
+
+
+def _normalised_together(x: Tensor) -> Tensor:
     variance, mean = torch.var_mean(x, dim=(2, 3), correction=0, keepdim=True)
     gain = (variance + 1e-5).rsqrt()
     return torch.addcmul(-mean * gain, x, gain)
