@@ -21,8 +21,9 @@ from .media import VideoWriter, check_output, frame_rate, read_audio, read_image
 from .render import Renderer
 from .speech import SAMPLE_RATE, Speech, encode_speech
 
-# The largest square that H.264 level 5.2 allows, so that common players decode the video.
-MAX_SIDE = 3072
+# Pixels of the longer side of a whole picture. The face is drawn from a crop of 512 pixels, which a larger picture would
+# only blur, while time and memory grow with its area.
+MAX_SIDE = 1920
 
 Progress = Callable[[str, int, int], None]
 
@@ -177,7 +178,8 @@ def talk(
     """Write an MP4 in which the portrait speaks the recording.
 
     The sound is read twice as a stream, motion is small, and frames go to the encoder chunk by chunk, so memory hardly
-    grows with the length. A failure or an interrupt leaves no file behind.
+    grows with the length. A whole picture is reduced to 1920 pixels at most (said in the log). A failure or an interrupt
+    leaves no file behind.
 
     Args: output_path: ends in .mp4; motion_path: also save the keypoints K_d there, at 25 frames a second; progress(stage,
     done, total), called often: raise from it to stop.
@@ -191,7 +193,7 @@ def talk(
         check_output(motion_path, ".safetensors")
 
     with watch("reading"):
-        image = read_image(portrait_path, MAX_SIDE)
+        image = read_image(portrait_path, MAX_SIDE if options.paste_back else None)
         waveform, _ = read_audio(audio_path, SAMPLE_RATE, mono=True)
     with watch("face"):
         portrait, source = renderer.extract(image, face_index=options.face)

@@ -191,8 +191,8 @@ def test_a_huge_picture(tmp_path, say, caplog):
     huge.paste(portrait().resize((3600, 3600)), (2000, 1200))
     huge.save(tmp_path / "huge.jpg")
     code, out, _ = say("--fps", "5", portrait=tmp_path / "huge.jpg")
-    assert code == 0 and "2 frames of 3072 x 2304" in out
-    assert "huge.jpg is reduced from 8000 x 6000 to 3072 x 2304 pixels" in caplog.text
+    assert code == 0 and "2 frames of 1920 x 1440" in out
+    assert "huge.jpg is reduced from 8000 x 6000 to 1920 x 1440 pixels" in caplog.text
 
 
 def test_several_faces(tmp_path, say):

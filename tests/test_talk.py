@@ -300,4 +300,4 @@ def test_sound_that_can_not_be_spoken_is_refused(tmp_path, model, portrait, samp
 def test_a_huge_picture_is_reduced(tmp_path, model, recording, caplog):
     Image.new("RGB", (4000, 1000), "grey").save(tmp_path / "wide.png")
     report = talk(tmp_path / "wide.png", recording, tmp_path / "out.mp4", model, Dial(), TalkOptions(fps=Fraction(2)))
-    assert report.size == (3072, 768) and "reduced from 4000 x 1000" in caplog.text
+    assert report.size == (1920, 480) and "reduced from 4000 x 1000" in caplog.text
