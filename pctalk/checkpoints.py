@@ -26,6 +26,7 @@ from .networks.decoder import HEADS, LONGEST
 from .networks.emotion import EmotionPredictor
 from .networks.predictor import LipPredictor, Refiner
 from .networks.style_encoder import StyleEncoder
+from .speech import mel_filters
 
 STARTER = Path(__file__).parent / "assets" / "starter"
 PUBLISHED_WINDOW = 25
@@ -85,6 +86,7 @@ def load_motion_model(path: str | Path | None = None, name: str | None = None) -
     Raises FileNotFoundError when the folder or a file is missing, ValueError when a file is truncated, of the wrong kind,
     or its values are not finite.
     """
+    mel_filters()  # imports librosa, which is slow: loading pays for it rather than the first frame
     folder = STARTER if path is None else Path(path)
     if name is None:
         name = "starter" if path is None else folder.name

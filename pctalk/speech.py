@@ -7,12 +7,11 @@ fit, 0.2 s before the sound does. Here the last mel frame is held instead, so th
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -105,22 +104,16 @@ def _as_float(waveform: Tensor) -> Tensor:
     return waveform.float() / -float(torch.iinfo(waveform.dtype).min)
 
 
+@functools.cache
 def mel_filters() -> Tensor:
-    """The 80 Slaney mel bands over 55-7600 Hz, area-normalised as librosa.filters.mel does: [80, 401] float32."""
+    """librosa's 80 Slaney mel bands over 55-7600 Hz, area-normalised: [80, 401] float32.
 
-    def to_mel(hz: np.ndarray) -> np.ndarray:  # linear below 1 kHz, 27 steps per factor 6.4 above
-        return np.where(hz < 1000.0, hz * 3.0 / 200.0, 15.0 + np.log(np.maximum(hz, 1e-9) / 1000.0) * 27.0 / math.log(6.4))
+    The first call imports librosa, which takes a second or two: loading a motion model makes it.
+    """
+    import librosa
 
-    def to_hz(mel: np.ndarray) -> np.ndarray:
-        return np.where(mel < 15.0, mel * 200.0 / 3.0, 1000.0 * np.exp((mel - 15.0) * math.log(6.4) / 27.0))
-
-    low, high = to_mel(np.array([MEL_LOW, MEL_HIGH]))
-    edges = to_hz(np.linspace(low, high, MEL_BANDS + 2))  # each band rises from one edge to the next and falls to the third
-    bins = np.linspace(0.0, SAMPLE_RATE / 2, FFT_SIZE // 2 + 1)
-    rising = (bins - edges[:-2, None]) / np.diff(edges)[:-1, None]
-    falling = (edges[2:, None] - bins) / np.diff(edges)[1:, None]
-    bands = np.maximum(0.0, np.minimum(rising, falling)) * (2.0 / (edges[2:] - edges[:-2]))[:, None]
-    return torch.from_numpy(bands.astype(np.float32))
+    bands = librosa.filters.mel(sr=SAMPLE_RATE, n_fft=FFT_SIZE, n_mels=MEL_BANDS, fmin=MEL_LOW, fmax=MEL_HIGH)
+    return torch.from_numpy(bands)
 
 
 def mel_spectrogram(waveform: Tensor) -> Tensor:

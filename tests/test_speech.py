@@ -1,13 +1,12 @@
 import math
 
-import numpy as np
 import pytest
 import torch
 
 from pctalk import speech as module
 from pctalk.evaluate.golden import filled, relative_difference
 from pctalk.networks.audio_encoder import AudioEncoder
-from pctalk.speech import encode_speech, load_mono, loudness_envelope, mel_filters, mel_spectrogram, mel_windows
+from pctalk.speech import encode_speech, load_mono, loudness_envelope, mel_spectrogram, mel_windows
 
 
 @pytest.fixture(scope="module")
@@ -21,12 +20,6 @@ def noise(seconds: float, rate: int = 16000, channels: int = 1, level: float = 0
 
 def tone(seconds: float, rate: int, hertz: float = 440.0, level: float = 0.5) -> torch.Tensor:
     return level * torch.sin(2 * math.pi * hertz * torch.arange(round(seconds * rate), dtype=torch.float64) / rate).float()
-
-
-def test_mel_filters_are_librosas():
-    librosa = pytest.importorskip("librosa")
-    expected = librosa.filters.mel(sr=16000, n_fft=800, n_mels=80, fmin=55, fmax=7600)
-    assert np.abs(mel_filters().numpy() - expected).max() < 1e-8
 
 
 def test_mel_is_the_same_in_chunks(monkeypatch):
