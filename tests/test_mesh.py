@@ -317,3 +317,17 @@ def test_both_eyes_close_on_a_turned_head(renderer, extracted):
     for lids in ([159, 145], [386, 374]):
         x, y = seen[lids, :2].mean(dim=0).int().tolist()
         assert (awake - asleep)[y - 6 : y + 6, x - 8 : x + 8].abs().mean() > 15
+
+
+def test_landmarks_that_are_no_face_are_refused(renderer, picture):
+    with pytest.raises(ValueError, match="in their order"):
+        renderer.extract(picture, landmarks=[torch.full((468, 2), 100.0)])
+
+
+@pytest.mark.parametrize("offset", [200.0, 5000.0])
+def test_a_face_outside_the_picture_does_no_harm(renderer, extracted, picture, offset):
+    portrait, _ = extracted
+    elsewhere = renderer.face_finder.find(portrait.frames[0])[0].landmarks[:, :2] + offset
+    given, keypoints = renderer.extract(picture, landmarks=[elsewhere])
+    frames = drawn(renderer, given, moved(keypoints, {}, {**opened(0.05), **shut(0.02)}))
+    assert torch.equal(frames[:, :100, :100], given.frames[:, :100, :100].expand(2, -1, -1, -1))

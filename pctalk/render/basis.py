@@ -95,7 +95,10 @@ class HeadFit:
 
     @classmethod
     def of(cls, landmarks: Tensor, basis: Basis) -> HeadFit:
-        """By the landmarks that expression hardly moves: the least-squares similarity (Umeyama 1991)."""
+        """By the landmarks that expression hardly moves: the least-squares similarity (Umeyama 1991).
+
+        Raises ValueError for landmarks that are no face.
+        """
         source, target = (points[basis.stable_points].double() for points in (basis.neutral, landmarks))
         centre, middle = source.mean(dim=0), target.mean(dim=0)
         u, singular, vh = torch.linalg.svd((source - centre).T @ (target - middle))
@@ -103,6 +106,11 @@ class HeadFit:
         signs[2] = torch.linalg.det(u @ vh).sign()
         rotation = u @ torch.diag(signs) @ vh
         unit = float((singular * signs).sum() / ((source - centre) ** 2).sum())
+        if not unit > 1.0:
+            raise ValueError(
+                "The landmarks don't lie like those of a face: give the 468 points of MediaPipe's face mesh, in their order, "
+                "in pixels of this picture."
+            )
         return cls(unit, rotation, middle - unit * centre @ rotation)
 
     def place(self, point: Tensor) -> Tensor:

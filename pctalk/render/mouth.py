@@ -75,11 +75,14 @@ def read_teeth(outline: Outline, look: Look, unit: float) -> Teeth:
     redness, brightness = _redness(colours), colours.mean(dim=-1)
     inside = (q > upper[:, None]) & (q < lower[:, None])
 
+    no_teeth = Teeth(p, torch.zeros_like(p), 1.0)
+    if not inside.any():
+        return no_teeth
     lip = float(_redness(lip_colour(look, outline, unit)))
     bright = float(brightness[inside].quantile(0.95))
-    tooth = float(redness[inside & (brightness > 0.5 * bright)].quantile(0.15))
+    tooth = float(redness[inside & (brightness >= 0.5 * bright)].quantile(0.15))
     if lip - tooth < 0.03:
-        return Teeth(p, torch.zeros_like(p), 1.0)
+        return no_teeth
     teeth = (redness < tooth + 0.5 * (lip - tooth)) & (brightness > 0.35 * bright) & (q < (lower + 0.06 * unit)[:, None])
 
     correction, known = torch.zeros_like(p), torch.zeros_like(p)
