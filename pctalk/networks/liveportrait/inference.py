@@ -50,7 +50,7 @@ def fused_motion(network: MotionExtractor) -> MotionExtractor:
 
 @torch.no_grad()
 def fused_warping(network: WarpingModule, *, winograd: bool = False) -> FusedWarping:
-    """W for inference, see `FusedWarping`. winograd: for a CPU in float32; takes more memory."""
+    """W, in eval mode, for inference, see `FusedWarping`. winograd: for a CPU in float32; takes more memory."""
     fused = _ready(FusedWarping(network))
     if winograd:
         fused.third, fused.merge = quicker(fused.third), quicker(fused.merge)
@@ -225,7 +225,7 @@ class FusedWarping(nn.Module):
             x = torch.cat([conv(x)[0], levels.pop()], dim=1)
         x = F.relu_(self.merge(x))
 
-        shares = self.mask(x).float().softmax(dim=1)  # [B, 22, D, H, W]
+        shares = self.mask(x).softmax(dim=1)  # [B, 22, D, H, W]
         mixed = torch.einsum("bkdhw,bkx->bdhwx", shares, shift)
         deformation = identity_grid(*size, device=volume.device) + mixed
         occlusion = self.occlusion(x).sigmoid_()
@@ -237,7 +237,7 @@ class FusedWarping(nn.Module):
 class SliceConv3d(nn.Module):
     """A 3-D convolution with few outputs as one 2-D convolution over the slices, whose outputs for each depth tap are added.
 
-    [B, C, D, H, W] to [B, C', D, H, W]; the wider 2-D convolution keeps matrix units busy.
+    [B, C, D, H, W] to [B, C', D, H, W] in float32; the wider 2-D convolution keeps matrix units busy.
     """
 
     def __init__(self, conv: nn.Conv3d):
@@ -250,7 +250,7 @@ class SliceConv3d(nn.Module):
         depth = x.shape[2]
         parts = F.conv2d(x.transpose(1, 2).flatten(0, 1), self.weight, padding=self.taps // 2)
         parts = parts.unflatten(1, (self.taps, self.outputs)).unflatten(0, (-1, depth))  # [B, D, taps, C', H, W]
-        out = self.bias[:, None, None] + torch.zeros_like(parts[:, :, 0])
+        out = torch.zeros_like(parts[:, :, 0], dtype=torch.float32).add_(self.bias[:, None, None])
         for tap in range(self.taps):
             offset = tap - self.taps // 2
             low, high = max(0, -offset), min(depth, depth - offset)
@@ -339,22 +339,18 @@ def _normalised_together(x: Tensor) -> Tensor:
 
 def scaled(x: Tensor, gain: Tensor) -> Tensor:
     """Nearest-upsampled x times gain: x [B, C, H, W], gain [B, C, f H, f W]."""
-    return _on_grid_of(x, gain, torch.mul)
+    factor = gain.shape[2] // x.shape[2]
+    if factor == 1:
+        return x * gain
+    out = torch.empty_like(gain, memory_format=torch.channels_last)
+    gain_phases, out_phases = (t.unflatten(3, (-1, factor)).unflatten(2, (-1, factor)) for t in (gain, out))
+    torch.mul(x[:, :, :, None, :, None], gain_phases, out=out_phases)
+    return out
 
 
 def modulated(x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
     """leaky_relu(nearest-upsampled x times gain plus shift): x [B, C, H, W], gain and shift [B, C, f H, f W]."""
-    return F.leaky_relu_(_on_grid_of(x, gain, torch.mul).add_(shift), SLOPE)
-
-
-def _on_grid_of(x: Tensor, gain: Tensor, operation) -> Tensor:
-    factor = gain.shape[2] // x.shape[2]
-    if factor == 1:
-        return operation(x, gain)
-    out = torch.empty_like(gain, memory_format=torch.channels_last)
-    phases = [t.unflatten(3, (-1, factor)).unflatten(2, (-1, factor)) for t in (gain, out)]
-    operation(x[:, :, :, None, :, None], phases[0], out=phases[1])
-    return out
+    return F.leaky_relu_(scaled(x, gain).add_(shift), SLOPE)
 
 
 def _normalised(conv: SpectralConv2d) -> nn.Conv2d:
@@ -387,7 +383,7 @@ def _conv2d(weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
 
 
 def _padded(channels: Tensor) -> Tensor:
-    """Channel indices with -1, an unused channel, up to a multiple of 16, which convolutions are fast in."""
+    """Channel indices with -1, an unused channel, up to a multiple of 16, which matrix units want."""
     return F.pad(channels, (0, -len(channels) % 16), value=-1)
 
 
