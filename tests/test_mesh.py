@@ -331,3 +331,16 @@ def test_a_face_outside_the_picture_does_no_harm(renderer, extracted, picture, o
     given, keypoints = renderer.extract(picture, landmarks=[elsewhere])
     frames = drawn(renderer, given, moved(keypoints, {}, {**opened(0.05), **shut(0.02)}))
     assert torch.equal(frames[:, :100, :100], given.frames[:, :100, :100].expand(2, -1, -1, -1))
+
+
+def test_eyes_look_aside(renderer, extracted):
+    portrait, keypoints = extracted
+    track = moved(keypoints, *({(11, 0): x, (15, 0): x} for x in (-0.01, 0.01)))
+    frames = drawn(renderer, portrait, track, paste_back=False)
+    landmarks = portrait.features["landmarks"][0]
+    for corners, lids in (((33, 133), (159, 145)), ((362, 263), (386, 374))):
+        left, right = landmarks[list(corners), 0].int().tolist()
+        y = int(landmarks[list(lids), 1].mean())
+        dark = 255.0 - frames[:, y - 4 : y + 4, left + 5 : right - 5].float().mean(dim=(1, 3))
+        iris = (dark**4 * torch.arange(dark.shape[1])).sum(dim=1) / (dark**4).sum(dim=1)
+        assert iris[1] > iris[0] + 3, iris

@@ -147,7 +147,11 @@ class Patch:
 
     def grid_of_pixels(self, offset: Tensor) -> Tensor:
         """The same from an offset of every pixel, [b, height * width, 2]."""
-        return (offset @ self.to_grid).unflatten(1, (self.height, self.width)).add_(self.base)
+        return self.grid_step(offset).add_(self.base)
+
+    def grid_step(self, offset: Tensor) -> Tensor:
+        """Offsets of every pixel in crop pixels, [b, height * width, 2], as differences between grids."""
+        return (offset @ self.to_grid).unflatten(1, (self.height, self.width))
 
     def shared(self, other: Patch) -> tuple[tuple, tuple]:
         """What another patch of the same canvas has in common with this one: an index into each one's [b, c, height, width]."""

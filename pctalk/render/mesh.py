@@ -2,8 +2,8 @@
 
 A linear basis carries expression to displacements of 468 face landmarks (`basis`, `motion`), splines carry those to every pixel
 (`shape`, `warp`), mouth and eyes open as layers (`openings`, `mouth`), and a `scene` draws it all. It is faster than real time
-on a laptop's CPU and keeps hair, neck and background still. It knows no gaze, no hair and no far side of the head: a preview
-and an embedded default, not the quality path.
+on a laptop's CPU and keeps hair, neck and background still. It knows no hair and no far side of the head, and eyes look aside
+but not up or down: a preview and an embedded default, not the quality path.
 
 Pasted back, the portrait is drawn at its own resolution, pixel by pixel, not through the 512 x 512 crop.
 """

@@ -33,6 +33,8 @@ CHEEKS = (50, 101, 205, 280, 330, 425)
 
 LASHES = 0.05  # units beside a lid's edge that move with it
 WIDER_EYE = (0.2, 0.4)  # how much an eyeball is stretched under lids that part: freely up to, never beyond
+GAZE_COORDINATES = (3 * 11, 3 * 15)  # of an expression: the x of the eyes' keypoints
+GAZE_GAIN, GAZE_LIMIT = 6.0, (0.05, 0.09)  # units that an iris moves sideways per unit of them; freely up to, never beyond
 LOWER_LIP_MIDDLE, JAW_SHARE = (87, 14, 317), 0.88  # lower teeth and tongue move with the lip's edge, a little less
 
 
@@ -227,7 +229,8 @@ class Opening:
 
 
 class Eye(Opening):
-    """Lids over an eyeball, which stays where it is in the head. Lids that part more than in the portrait stretch it."""
+    """Lids over an eyeball, which stays where it is in the head. Lids that part more than in the portrait stretch it, and the
+    iris can look aside: the middle of the eyeball moves, its corners hold."""
 
     zone = EYE_ZONE
 
@@ -236,6 +239,10 @@ class Eye(Opening):
         self.upper_lid, self.lower_lid = list(upper[1:-1]), list(lower[1:-1])
         gap = (scene.shape.at(self.lower_lid) - scene.shape.at(self.upper_lid))[:, 1].mean()
         self.gap = max(float(gap), 1.0)
+        self.unit = scene.shape.unit
+        p, _ = self.outline.to_axes(self.patch.pixels(scene.canvas)).unbind(dim=1)
+        aside = (1.0 - (p / self.outline.reach) ** 2).clamp(min=0.0) ** 2
+        self.aside = (aside[:, None] * self.outline.axes[0]).float().to(scene.device)  # [height * width, 2]
 
     def _without(self, shape: FaceShape, is_upper: bool) -> set[int]:
         axes = self.outline.to_axes(shape.points[:, :2])
@@ -260,7 +267,10 @@ class Eye(Opening):
     def inside(self, displacement: Tensor, motion: Motion, upper: Tensor) -> Tensor:
         opened = (displacement[:, self.lower_lid, 1] - displacement[:, self.upper_lid, 1]).mean(dim=1) / self.gap
         stretch = 1.0 + soft_limit(opened.clamp(min=0.0)[:, None], *WIDER_EYE)[:, 0]
-        return look_up(self.patch.texture, self._carried(motion, stretch=stretch))
+        gaze = GAZE_GAIN * self.unit * motion.change[:, GAZE_COORDINATES].mean(dim=1, keepdim=True)
+        gaze = soft_limit(gaze, *(self.unit * limit for limit in GAZE_LIMIT))
+        grid = self._carried(motion, stretch=stretch)
+        return look_up(self.patch.texture, grid - self.patch.grid_step(gaze[:, None] * self.aside))
 
 
 class Mouth(Opening):
