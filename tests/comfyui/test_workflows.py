@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -44,6 +45,15 @@ def read(path: Path) -> Video:
         stream = file.streams.audio[0]
         sound = np.concatenate([frame.to_ndarray().mean(0) for frame in file.decode(stream)])
         return Video(*head, frames, stream.codec_context.name, sound, stream.rate)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small networks on single faces gain nothing from two threads, and lose much beside other programs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
