@@ -322,14 +322,14 @@ def _moved(value, device):
 
 
 def _save(value, path: str | Path, metadata: dict[str, str]) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     tensors = {f.name: getattr(value, f.name) for f in fields(value) if isinstance(getattr(value, f.name), Tensor)}
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {**metadata, "fps": repr(float(value.fps)), "version": FORMAT_VERSION}
     temporary = Path(f"{path}.part")
     try:
-        save_file(tensors, temporary, metadata=metadata)
+        temporary.write_bytes(save(tensors, metadata))  # save_file would make it unreadable to other users
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
