@@ -23,7 +23,7 @@ from .shape import FaceShape, Field
 from .warp import Lattice, pull_back, smoothstep, spline_weights
 
 # Frames drawn together: at most GROUP, fewer when what moves of them has more than GROUP_PIXELS in all. It depends on the
-# portrait alone, and the last group is filled up, so no byte depends on how many frames are asked for at once.
+# portrait and on whether the head moves, and the last group is filled up, so no byte depends on how many are asked for at once.
 GROUP = 8
 GROUP_PIXELS = 4_000_000
 FACE_STEP = 8.0  # crop pixels between the nodes of the face's field; a multiple of those of the openings
