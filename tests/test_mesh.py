@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from pctalk.render import Portrait
 from pctalk.render.basis import Basis
 from pctalk.render.mesh import GROUP, MeshRenderer
 from pctalk.render.warp import Lattice, pull_back, refine, spline_weights
+from pctalk.train.convert_mesh_basis import convert
 
 PORTRAIT = Path(__file__).parents[1] / "web" / "examples" / "portrait.jpg"
 
@@ -344,3 +345,14 @@ def test_eyes_look_aside(renderer, extracted):
         dark = 255.0 - frames[:, y - 4 : y + 4, left + 5 : right - 5].float().mean(dim=(1, 3))
         iris = (dark**4 * torch.arange(dark.shape[1])).sum(dim=1) / (dark**4).sum(dim=1)
         assert iris[1] > iris[0] + 3, iris
+
+
+def test_the_converter_makes_what_the_renderer_reads(tmp_path):
+    source = Basis.from_assets()
+    arrays = {field.name: getattr(source, field.name).numpy() for field in fields(source) if field.name != "canonical"}
+    np.savez(tmp_path / "basis.npz", **arrays, units=np.array("text that is left out"))
+    keypoints = source.canonical.numpy()[None]
+    np.savez(tmp_path / "motion.npz", **{"a/kp": keypoints - 0.1, "b/kp": keypoints + 0.1, "b/exp": keypoints})
+    made = Basis(**convert(tmp_path / "basis.npz", tmp_path / "motion.npz"))
+    for field in fields(source):
+        assert torch.allclose(getattr(made, field.name), getattr(source, field.name)), field.name
