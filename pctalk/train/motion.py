@@ -1,4 +1,4 @@
-"""Train LAC, its refiner, the style encoder and EMC on the features of a finished audio encoder.
+"""Train LAC, the style encoder and EMC on the features of a finished audio encoder.
 
 All decoders are trained as they run: frame by frame from their own predictions, over two windows of which the second
 starts from the end of the first. Errors are measured on the face mesh (landmark displacements in inter-ocular distances), so
@@ -17,12 +17,11 @@ from scipy.ndimage import uniform_filter1d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..emc import CANONICAL_XY
-from ..keypoints import EMOTIONS, FPS, LIPS, NUM_KEYPOINTS, rotation_matrix
+from ..keypoints import EMOTIONS, FPS, LIPS, NUM_KEYPOINTS
 from ..networks.audio_encoder import AudioEncoder
 from ..networks.decoder import MotionDecoder, flatten_keypoints
 from ..networks.emotion import EmotionPredictor
-from ..networks.predictor import LipPredictor, Refiner
+from ..networks.predictor import LipPredictor
 from ..networks.style_encoder import STYLE_FRAMES, StyleEncoder
 from ..speech import mel_windows
 from .augment import REVERB_FRAMES, augment, cut
@@ -150,25 +149,36 @@ def to_tensor(motion: np.ndarray, keypoints: tuple[int, ...]) -> Tensor:
 
 
 class MeshError(nn.Module):
-    """Squared error of motion on the face mesh and of its speed: landmarks in units of 0.02 inter-ocular distances."""
+    """Squared error of motion on the face mesh and of its speed: landmarks in units of 0.02 inter-ocular distances.
+
+    Lips that should touch but don't count more than any other error: a missed closure is what one notices first.
+    """
 
     def __init__(self, prior: FacePrior, keypoints: tuple[int, ...]) -> None:
         super().__init__()
         rows = [3 * k + axis for axis in range(3) for k in keypoints]  # the networks' layout
         moving = prior.basis[rows][:, :, :2].reshape(len(rows), -1) * (UNIT / 0.02 / SCALE)
         visible = moving @ moving.T / 60  # about as many landmarks as the lips have
-        gap = prior.measure("gap")[rows] * (UNIT / 0.012 / SCALE)
         unseen = np.eye(len(rows)) * (UNIT / 0.01 / SCALE) ** 2 / len(rows)
+        gap = prior.measure("gap")
+        resting = np.zeros(VALUES)
+        resting[LIP_VALUES] = prior.neutral_exp[LIP_VALUES]
         self.register_buffer("metric", torch.from_numpy(np.linalg.cholesky(visible + unseen)).float())
-        self.register_buffer("gap", torch.from_numpy(gap).float())
+        self.register_buffer("gap", torch.from_numpy(gap[rows] * (UNIT / SCALE)).float())
+        self.still_gap = float(prior.neutral[14, 1] - prior.neutral[13, 1] - resting @ gap)
 
     def forward(self, predicted: Tensor, true: Tensor, closed: Tensor) -> Tensor:
         """Args: motion [rows, n, d] each, in UNIT; closed [rows, n] in 0..1, where the lips have to meet."""
+        wanted, got = (self.still_gap + motion @ self.gap for motion in (true, predicted))  # inter-ocular distances
+        gap = ((got - wanted) / 0.012).square() * (0.15 + 0.6 * closed)
+        apart = F.relu(got - wanted.clamp(min=0.005)) / 0.012 * (wanted < 0.02)
+        return self.shape(predicted, true) + gap.mean() + 1.5 * apart.square().mean()
+
+    def shape(self, predicted: Tensor, true: Tensor) -> Tensor:
+        """The part that is the same whatever the lips should do."""
         error = predicted - true
-        shape = (error @ self.metric).square().mean(dim=-1)
         speed = (error.diff(dim=1) @ self.metric).square().mean()
-        gap = (error @ self.gap).square() * (0.15 + 0.6 * closed)
-        return shape.mean() + 1.5 * speed + gap.mean()
+        return (error @ self.metric).square().mean() + 1.5 * speed
 
 
 class Draws:
@@ -248,11 +258,12 @@ def rollout(network: MotionDecoder, memory: Tensor, style: Tensor, warm: Tensor 
     return torch.stack(outputs, dim=1)
 
 
-def free_running_loss(decode, motion: Tensor, closed: Tensor, error: MeshError, random: np.random.Generator) -> Tensor:
+def free_running_loss(decode, motion: Tensor, closed: Tensor, error, random: np.random.Generator) -> Tensor:
     """Loss of two windows decoded from their own predictions.
 
-    Args: decode(window number, warm or None) -> [rows, 25 - w, d]; motion [rows, 45, d]; closed [rows, 45]. The first
-    window starts cold or from true frames with noise and a wrong size, as the refiner or another face may leave them.
+    Args: decode(window number, warm or None) -> [rows, 25 - w, d]; motion [rows, 45, d]; closed [rows, 45];
+    error(predicted, true, closed) -> loss. The first window starts cold or from true frames with noise and a wrong size,
+    as the refiner or another face may leave them.
     """
     warm = None
     if random.random() < 0.5:
@@ -267,11 +278,12 @@ def free_running_loss(decode, motion: Tensor, closed: Tensor, error: MeshError, 
 
 def train_lips(
     takes: list[Take], targets: Targets, *, steps: int, rows: int = 64, rate: float = 2e-3, seed: int = 0,
-    report: Callable[[str], None] = print,
+    predictor: LipPredictor | None = None, report: Callable[[str], None] = print,
 ) -> tuple[LipPredictor, list[float]]:
-    """The lip predictor from scratch: [rows] stretches a step."""
+    """The lip predictor, from scratch or going on with `predictor`: `rows` stretches a step."""
     torch.manual_seed(seed)
-    predictor = LipPredictor(styles=len(STYLES), dim=LAC_DIM, ff_dim=LAC_FF, window=WINDOW)
+    fresh = predictor is None
+    predictor = predictor or LipPredictor(styles=len(STYLES), dim=LAC_DIM, ff_dim=LAC_FF, window=WINDOW)
     draws, error = Draws(takes, targets, seed), MeshError(targets.prior, LIPS)
 
     def loss_of() -> Tensor:
@@ -285,41 +297,62 @@ def train_lips(
 
         return free_running_loss(decode, motion, closed, error, draws.random)
 
-    mean = torch.cat([to_tensor(targets.lips(draws.takes[i].curves), LIPS) for i in range(min(20, len(draws.takes)))]).mean(0)
-    return predictor, _optimise("LAC", predictor, mean, loss_of, steps, rate, report)
+    spoken = np.concatenate([take.curves for take in draws.takes[:20]])
+    mean = to_tensor(targets.lips(spoken), LIPS).mean(0)
+    return predictor, _optimise("LAC", predictor, mean if fresh else None, loss_of, steps, rate, report)
 
 
 def train_emotions(
     takes: list[Take], targets: Targets, *, steps: int, rows: int = 8, rate: float = 2e-3, seed: int = 0,
-    report: Callable[[str], None] = print,
+    predictor: EmotionPredictor | None = None, report: Callable[[str], None] = print,
 ) -> tuple[EmotionPredictor, list[float]]:
-    """The emotion predictor from scratch; a step sees all eight emotions of its stretches, which differ by emotion alone."""
+    """The emotion predictor, from scratch or going on with `predictor`.
+
+    A step sees all eight emotions of its stretches, which differ by emotion alone; what they differ by from neutral is EMC's
+    output and counts most.
+    """
     torch.manual_seed(seed)
-    predictor = EmotionPredictor(styles=1, dim=EMC_DIM, ff_dim=EMC_FF, window=WINDOW)
+    fresh = predictor is None
+    predictor = predictor or EmotionPredictor(styles=1, dim=EMC_DIM, ff_dim=EMC_FF, window=WINDOW)
     everywhere = tuple(range(NUM_KEYPOINTS))
     draws, error = Draws(takes, targets, seed), MeshError(targets.prior, everywhere)
 
     def loss_of() -> Tensor:
-        features, motion, closed, codes = draws.emotions(rows)
-        style = predictor.style(torch.zeros(len(codes), dtype=torch.long))
-        both = torch.cat([features[:, :WINDOW], features[:, STRIDE:]])
-        memory = predictor.condition(both, codes.unflatten(0, (len(EMOTIONS), rows)).repeat(1, 2, 1).flatten(0, 1))
-        memory = memory.unflatten(0, (len(EMOTIONS), 2, rows)).transpose(0, 1).flatten(1, 2)
+        memory, style, motion, closed = _emotional_windows(predictor, draws, rows)
+        memory = (memory[:, :WINDOW], memory[:, WINDOW:])
 
         def decode(window: int, warm: Tensor | None) -> Tensor:
             return rollout(predictor, memory[window], style, warm)
 
-        return free_running_loss(decode, motion, closed, error, draws.random)
+        def with_difference(predicted: Tensor, true: Tensor, closed: Tensor) -> Tensor:
+            differences = (moving - moving[:rows].repeat(len(EMOTIONS), 1, 1) for moving in (predicted, true))
+            return 0.1 * error(predicted, true, closed) + error.shape(predicted, true) + 8.0 * error.shape(*differences)
+
+        return free_running_loss(decode, motion, closed, with_difference, draws.random)
 
     mean = to_tensor(targets.lips(np.concatenate([take.curves for take in draws.takes[:20]])), everywhere).mean(0)
-    return predictor, _optimise("EMC", predictor, mean, loss_of, steps, rate, report)
+    return predictor, _optimise("EMC", predictor, mean if fresh else None, loss_of, steps, rate, report)
 
 
-def _optimise(name: str, network: nn.Module, mean: Tensor, loss_of, steps: int, rate: float, report) -> list[float]:
-    """Adam with a one-cycle schedule; the output layer starts at the mean motion and the inputs at unit size."""
-    with torch.no_grad():
-        network.vertice_map_r.bias.copy_(mean / UNIT)
-        nn.init.normal_(network.vertice_map_r.weight, std=0.02)
+def _emotional_windows(predictor: EmotionPredictor, draws: Draws, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """memory [8 rows, 50, dim] of two windows, style [8 rows, dim], motion [8 rows, 45, 63] and closed [8 rows, 45]."""
+    features, motion, closed, codes = draws.emotions(rows)
+    both = torch.cat([features[:, :WINDOW], features[:, STRIDE:]])
+    memory = predictor.condition(both, codes.unflatten(0, (len(EMOTIONS), rows)).repeat(1, 2, 1).flatten(0, 1))
+    memory = memory.unflatten(0, (len(EMOTIONS), 2, rows))  # emotion, window, stretch
+    memory = torch.cat([memory[:, 0], memory[:, 1]], dim=2).flatten(0, 1)
+    return memory, predictor.style(torch.zeros(len(codes), dtype=torch.long)), motion, closed
+
+
+def _optimise(name: str, network: MotionDecoder, mean: Tensor | None, loss_of, steps: int, rate: float, report) -> list[float]:
+    """Adam with a one-cycle schedule, in UNIT; with a mean motion the output layer starts there, near zero weights."""
+    _change_unit(network, UNIT)
+    network.train()
+    if mean is not None:
+        with torch.no_grad():
+            network.vertice_map_r.bias.copy_(mean / UNIT)
+            nn.init.normal_(network.vertice_map_r.weight, std=0.02)
+            network.vertice_map.reset_parameters()
     optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=0.005, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps + 1, pct_start=0.1)
     losses, shown, started = [], 0.0, time.monotonic()
@@ -334,50 +367,17 @@ def _optimise(name: str, network: nn.Module, mean: Tensor, loss_of, steps: int, 
         shown = losses[-1] if step == 0 else 0.95 * shown + 0.05 * losses[-1]
         if step % 50 == 0 or step == steps - 1:
             report(f"{name} {step + 1}/{steps} loss {shown:.3f} ({time.monotonic() - started:.0f} s)")
-    with torch.no_grad():
-        network.vertice_map.weight.div_(UNIT)
-        network.vertice_map_r.weight.mul_(UNIT)
-        network.vertice_map_r.bias.mul_(UNIT)
+    _change_unit(network, 1 / UNIT)
     network.eval()
     return losses
 
 
 @torch.no_grad()
-def fit_refiner(predictor: LipPredictor, takes: list[Take], targets: Targets, *, rows: int = 512, seed: int = 1) -> Refiner:
-    """The refiner by ridge regression: what is left of the true lips, given keypoints at many poses and scales, and audio.
-
-    The predictor works at the mean scale; from where the undeformed lips lie, the refiner learns what the scale changes.
-    """
-    draws = Draws(takes, targets, seed)
-    random = np.random.default_rng(seed)
-    features, motion, _, ids = draws.lips(rows)
-    features, motion = features[:, :WINDOW], motion[:, :WINDOW] * UNIT
-    predicted = predictor(features, predictor.style(ids))
-    lips = _random_lips(rows, random)
-    scale = lips.pop("scale")[:, None, None]
-    reference = flatten_keypoints(lips["undeformed"])[:, None]
-    inputs = torch.cat([reference + predicted, features], dim=-1).flatten(0, 1).double()
-    wanted = (motion * scale / SCALE - predicted).flatten(0, 1).double()
-    mean, middle = inputs.mean(0), wanted.mean(0)
-    centred = inputs - mean
-    spread = centred.square().mean(0)
-    ridge = torch.cat([torch.full((18,), 0.05), torch.full((512,), 0.02)]).double() * (spread + 1e-4)
-    normal = centred.t() @ centred / len(centred) + torch.diag(ridge)
-    weight = torch.linalg.solve(normal, centred.t() @ (wanted - middle) / len(centred)).t()
-    refiner = Refiner()
-    refiner.out_fc.weight.copy_(weight.float())
-    refiner.out_fc.bias.copy_((middle - weight @ mean).float())
-    return refiner.eval()
-
-
-def _random_lips(rows: int, random: np.random.Generator) -> dict[str, Tensor]:
-    """Undeformed lip keypoints of random heads: undeformed [rows, 6, 3] = s K_c R + t, scale [rows]."""
-    canonical = torch.tensor([(*CANONICAL_XY[k], 0.0) for k in LIPS]) + 0.02 * torch.randn(rows, len(LIPS), 3)
-    canonical[..., 2] += 0.3
-    pitch, yaw, roll = (torch.from_numpy(random.normal(0, width, rows)).float() for width in (8.0, 12.0, 6.0))
-    scale = torch.from_numpy(random.uniform(*SCALES, rows)).float()
-    shift = torch.from_numpy(random.normal(0, 0.1, (rows, 1, 3))).float() * torch.tensor([1.0, 1.0, 0.0])
-    return {"undeformed": scale[:, None, None] * (canonical @ rotation_matrix(pitch, yaw, roll)) + shift, "scale": scale}
+def _change_unit(network: MotionDecoder, unit: float) -> None:
+    """Let the network read and write motion in another unit, the same otherwise."""
+    network.vertice_map.weight.mul_(unit)
+    network.vertice_map_r.weight.div_(unit)
+    network.vertice_map_r.bias.div_(unit)
 
 
 def train_style_encoder(
