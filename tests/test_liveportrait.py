@@ -250,10 +250,11 @@ def test_half_precision():
     warping, generator = inference.fused_warping(narrow_warping()), inference.fused_generator(narrow_generator())
     picture = generator(warping(volume, source[:1], driving).feature)
     warping, generator = warping.bfloat16(), generator.bfloat16()
-    half = generator(warping(volume.bfloat16(), source[:1], driving).feature)
-    assert half.dtype == torch.bfloat16
-    error = (half.float() - picture).square().mean()
-    assert -10.0 * torch.log10(error) > 30.0  # dB
+    for given in (volume, volume.bfloat16()):  # F may stay in float32
+        half = generator(warping(given, source[:1], driving).feature)
+        assert half.dtype == torch.bfloat16
+        error = (half.float() - picture).square().mean()
+        assert -10.0 * torch.log10(error) > 30.0  # dB
 
 
 def test_stitching_moves_the_whole_face_in_the_plane_only():
@@ -396,6 +397,19 @@ def test_a_still_is_looked_at_once(renderer, extracted):
     finally:
         hook.remove()
     assert len(calls) == 1
+
+
+def test_precision_of_each_network(extracted):
+    networks = narrow_appearance(), narrow_motion(), narrow_warping(), narrow_generator(), built(StitchingRetargeting)
+    halved = LivePortraitRenderer(FaceFinder.from_assets(), *networks, dtype=torch.bfloat16)
+    precisions = {name: next(network.parameters()).dtype for name, network in halved.networks.items()}
+    low = {name for name, dtype in precisions.items() if dtype == torch.bfloat16}
+    assert low == {"warping", "generator"} and set(precisions.values()) == {torch.float32, torch.bfloat16}
+    (chunk,) = halved.render(*extracted, paste_back=False)
+    whole = LivePortraitRenderer(FaceFinder.from_assets(), *networks, device="cuda")  # other forms, which run anywhere
+    (expected,) = whole.render(*extracted, paste_back=False)
+    error = (chunk.frames.float() - expected.frames.float()).square().mean()
+    assert 10.0 * torch.log10(255.0**2 / error) > 30.0  # dB
 
 
 def test_batches_shrink_when_memory_runs_out(renderer, extracted, monkeypatch, caplog):

@@ -21,6 +21,7 @@ from ..networks.liveportrait.generator import SpadeGenerator
 from ..networks.liveportrait.inference import fused_appearance, fused_generator, fused_motion, fused_warping
 from ..networks.liveportrait.motion import MotionExtractor
 from ..networks.liveportrait.warping import WarpingModule
+from ..render.liveportrait import appearance_dtype
 from .bench import Row
 from .golden import filled
 
@@ -50,7 +51,7 @@ def inference_networks(plain: Networks, device: torch.device, dtype: torch.dtype
     """As `LivePortraitRenderer` keeps them."""
     winograd = device.type == "cpu" and dtype == torch.float32
     return Networks(
-        fused_appearance(plain.appearance).to(device, dtype),
+        fused_appearance(plain.appearance).to(device, appearance_dtype(dtype)),
         fused_motion(plain.motion).to(device),
         fused_warping(plain.warping, winograd=winograd).to(device, dtype),
         fused_generator(plain.generator, winograd=winograd).to(device, dtype),
@@ -82,10 +83,11 @@ def liveportrait_rows(
     for dtype, peak in throughput.items():
         name = str(dtype).removeprefix("torch.")
         ours = inference_networks(plain, device, dtype)
-        still = ours.appearance(image.to(dtype))
+        precise = image.to(appearance_dtype(dtype))
+        still = ours.appearance(precise)
         feature = ours.warping(still, source, single).feature
         parts = {
-            "F, once a source frame": lambda n=ours, d=dtype: n.appearance(image.to(d)),
+            "F, once a source frame": lambda n=ours, i=precise: n.appearance(i),
             "M, once a source frame": lambda n=ours: n.motion(image),
             "W": lambda n=ours, v=still: n.warping(v, source, single),
             "G": lambda n=ours, f=feature: n.generator(f),

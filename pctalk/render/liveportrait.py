@@ -38,8 +38,8 @@ class LivePortraitRenderer:
     """Draws portraits with the LivePortrait networks; see the module.
 
     Takes the plain networks with their weights loaded and keeps their inference forms.
-    Args: dtype: precision of F, W and G; M and S, which are small and decide where things are, stay in float32; device:
-    what they are to run on, which decides between inference forms (moving them there is the caller's).
+    Args: dtype: precision of W and G, and see `appearance_dtype`; M and S, which are small and decide where things are, stay
+    in float32; device: what they are to run on, which decides between inference forms (moving them there is the caller's).
     """
 
     name = "liveportrait"
@@ -56,9 +56,8 @@ class LivePortraitRenderer:
         device: torch.device | str = "cpu",
     ) -> None:
         winograd = torch.device(device).type == "cpu" and dtype == torch.float32
-        self.dtype = dtype
         self.face_finder = face_finder
-        self.appearance = fused_appearance(appearance).to(dtype)
+        self.appearance = fused_appearance(appearance).to(appearance_dtype(dtype))
         self.motion = fused_motion(motion)
         self.warping = fused_warping(warping, winograd=winograd).to(dtype)
         self.generator = fused_generator(generator, winograd=winograd).to(dtype)
@@ -156,6 +155,11 @@ class LivePortraitRenderer:
         return pictures.to(self.device).permute(0, 3, 1, 2).float() / 255.0
 
 
+def appearance_dtype(dtype: torch.dtype) -> torch.dtype:
+    """F's precision beside W and G in `dtype`: beside bfloat16 it stays in float32, where its rounding would be the largest."""
+    return torch.float32 if dtype == torch.bfloat16 else dtype
+
+
 class _Source:
     """F's volume and K_s of source frames, made once a frame and kept while the frame stays the same."""
 
@@ -173,7 +177,7 @@ class _Source:
             rows = rows[:1]
         if rows != self.rows:
             images = self.renderer._inputs(self.pictures[rows])
-            self.volume = self.renderer.appearance(images.to(self.renderer.dtype))
+            self.volume = self.renderer.appearance(images.to(self.renderer.appearance.second.weight.dtype))
             self.rows = rows
         return self.volume, self.keypoints[rows]
 

@@ -207,15 +207,16 @@ class FusedWarping(nn.Module):
         self.fourth = copy.deepcopy(network.fourth)
 
     def forward(self, volume: Tensor, source: Tensor, driving: Tensor) -> Warp:
-        """Args: volume [1 or B, 32, 16, 64, 64] of F; source [1 or B, 21, 3] and driving [B, 21, 3]: K, float32."""
-        batch = driving.shape[0]
+        """Args: volume [1 or B, 32, 16, 64, 64] of F, which may be more precise than these networks; source [1 or B, 21, 3]
+        and driving [B, 21, 3]: K, float32."""
+        batch, dtype = driving.shape[0], self.fourth.weight.dtype
         shift = F.pad(source - driving, (0, 0, 1, 0))  # [B, 22, 3], the background stands still
         size = volume.shape[2:]
         heat = separable_heatmaps(driving, size) - separable_heatmaps(source, size)
-        small = F.relu(self.compress(volume)).float()
+        small = F.relu(self.compress(volume.to(dtype))).float()
         moved = shifted_copies(small, shift).flatten(1, 2)
         unused = moved.new_zeros(batch, self.inputs - heat.shape[1] - moved.shape[1], *size)
-        x = torch.cat([heat, moved, unused], dim=1).to(volume.dtype, memory_format=torch.channels_last_3d)
+        x = torch.cat([heat, moved, unused], dim=1).to(dtype, memory_format=torch.channels_last_3d)
 
         levels = [x]
         for conv in self.encoder:
@@ -230,7 +231,8 @@ class FusedWarping(nn.Module):
         deformation = identity_grid(*size, device=volume.device) + mixed
         occlusion = self.occlusion(x).sigmoid_()
         sampled = sample_volume(volume.expand(batch, -1, -1, -1, -1), deformation).flatten(1, 2)
-        feature = F.leaky_relu_(self.third(sampled.contiguous(memory_format=torch.channels_last)), 0.01)
+        sampled = sampled.to(dtype, memory_format=torch.channels_last)
+        feature = F.leaky_relu_(self.third(sampled), 0.01)
         return Warp(self.fourth(feature) * occlusion, occlusion, deformation)
 
 
