@@ -135,7 +135,7 @@ def test_lips_open_with_loudness(faces, loudness):
     def agreement(track: np.ndarray) -> float:
         return max(np.corrcoef(opening, np.roll(track, lag))[0, 1] for lag in range(-2, 3))
 
-    assert agreement(level) > 0.3
+    assert agreement(level) > 0.25
     assert agreement(level) > agreement(level[::-1]) + 0.2
     assert np.percentile(opening, 95) > 1.5 * np.percentile(opening, 5)
 
