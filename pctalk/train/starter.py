@@ -26,7 +26,6 @@ from .expressions import FacePrior
 from .measure import agreement, emotion_shapes, read_recordings, steadiness, style_spread
 from .motion import Targets, encode_corpus, train_emotions, train_lips, train_style_encoder
 
-
 RECOMMENDED = (0, 1, 6)  # style ids: balanced, expressive, crisp (see styles.py)
 
 
@@ -35,11 +34,11 @@ class Schedule:
     """How long each stage trains: optimiser steps, and video frames of cached features."""
 
     encoder: int = 1500
-    encoder_single: int = 700
-    frames: int = 90_000
-    lips: int = 1500
-    emotions: int = 1200
-    styles: int = 500
+    encoder_single: int = 350
+    frames: int = 52_000
+    lips: int = 1800
+    emotions: int = 900
+    styles: int = 400
     corpus: float = 1.0
 
 
