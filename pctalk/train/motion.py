@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ..keypoints import EMOTIONS, FPS, LIPS, NUM_KEYPOINTS
 from ..networks.audio_encoder import AudioEncoder
-from ..networks.decoder import MotionDecoder, flatten_keypoints
+from ..networks.decoder import MotionDecoder, flatten_keypoints, windows
 from ..networks.emotion import EmotionPredictor
 from ..networks.predictor import LipPredictor
 from ..networks.style_encoder import STYLE_FRAMES, StyleEncoder
@@ -382,30 +382,37 @@ def _change_unit(network: MotionDecoder, unit: float) -> None:
 
 def train_style_encoder(
     predictor: LipPredictor, takes: list[Take], targets: Targets, *, steps: int, rows: int = 32, seed: int = 2,
-    report: Callable[[str], None] = print,
+    encoder: StyleEncoder | None = None, report: Callable[[str], None] = print,
 ) -> tuple[StyleEncoder, list[float]]:
     """The style encoder: 100 frames of somebody's lips to the embedding of the style that moves most like them."""
     torch.manual_seed(seed)
-    encoder = StyleEncoder(styles=len(STYLES), dim=LAC_DIM, ff_dim=LAC_FF)
+    fresh = encoder is None
+    encoder = (encoder or StyleEncoder(styles=len(STYLES), dim=LAC_DIM, ff_dim=LAC_FF)).train()
     draws = Draws([take for take in takes if len(take.curves) > STYLE_FRAMES + OVERLAP], targets, seed)
     embeddings = predictor.obj_vector.weight.detach().t()
     spread = embeddings.std()
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=6e-4, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-4, total_steps=steps + 1)
-    with torch.no_grad():
-        encoder.vertice_map.weight.mul_(15.0)
+    if fresh:
+        with torch.no_grad():
+            encoder.vertice_map.weight.mul_(0.3 / UNIT)  # lips move by a few hundredths
     losses, shown = [], 0.0
     for step in range(steps):
-        motion, ids = [], draws.random.integers(len(STYLES), size=rows)
+        motion, heard, ids = [], [], draws.random.integers(len(STYLES), size=rows)
         for style in ids:
             take = int(draws.random.choice(len(draws.takes), p=draws.weights))
             first = int(draws.random.integers(0, len(draws.takes[take].curves) - STYLE_FRAMES))
             curves = draws.curves(take, int(style))[first : first + STYLE_FRAMES]
-            scale = draws.random.uniform(*SCALES) / SCALE
-            person = 0.004 * torch.randn(1, 18)  # a face's own resting expression
-            motion.append(scale * to_tensor(targets.lips(curves), LIPS) + person + 0.002 * torch.randn(STYLE_FRAMES, 18))
+            motion.append(to_tensor(targets.lips(curves), LIPS))
+            heard.append(draws.takes[take].features[first : first + STYLE_FRAMES])
+        motion = torch.stack(motion)
+        half = rows // 2  # these move as the predictor moves them: its own styles must be read back, too
+        motion[:half] = _speak(predictor, torch.stack(heard[:half]), torch.from_numpy(ids[:half]))
+        scale = torch.from_numpy(draws.random.uniform(*SCALES, (rows, 1, 1))).float() / SCALE
+        person = 0.002 * torch.randn(rows, 1, 18)  # a face's own resting expression
+        motion = scale * motion + person + 0.001 * torch.randn(rows, STYLE_FRAMES, 18)
         truth = torch.from_numpy(ids)
-        embedding = encoder(torch.stack(motion))
+        embedding = encoder(motion)
         distance = F.mse_loss(embedding / spread, embeddings[truth] / spread)
         loss = distance + 0.5 * F.cross_entropy(encoder.cls(embedding), truth)
         optimizer.zero_grad(set_to_none=True)
@@ -418,3 +425,13 @@ def train_style_encoder(
         if step % 50 == 0 or step == steps - 1:
             report(f"style encoder {step + 1}/{steps} loss {shown:.3f}")
     return encoder.eval(), losses
+
+
+@torch.no_grad()
+def _speak(predictor: LipPredictor, features: Tensor, ids: Tensor) -> Tensor:
+    """The predictor over several windows: features [rows, n, 512], style ids [rows] to lips in K space [rows, n, 18]."""
+    memory, style = predictor.audio_feature_map(features), predictor.style(ids)
+    pieces: list[Tensor] = []
+    for start, end, warm in windows(features.shape[1], WINDOW):
+        pieces.append(rollout(predictor, memory[:, start:end], style, pieces[-1][:, -warm:] if warm else None))
+    return torch.cat(pieces, dim=1)

@@ -38,7 +38,7 @@ class Schedule:
     frames: int = 52_000
     lips: int = 1800
     emotions: int = 900
-    styles: int = 400
+    styles: int = 900
     corpus: float = 1.0
 
 
