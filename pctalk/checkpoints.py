@@ -204,7 +204,7 @@ def _load(folder: Path, kind: str) -> tuple[nn.Module, dict]:
 
 
 def _write(file: Path, tensors: dict[str, Tensor], config: dict, dtype: torch.dtype) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     stored = {
         key: (value.to(dtype) if value.is_floating_point() else value).detach().cpu().contiguous()
@@ -213,7 +213,8 @@ def _write(file: Path, tensors: dict[str, Tensor], config: dict, dtype: torch.dt
     }
     temporary = file.with_name(f"{file.name}.part")
     try:
-        save_file(stored, temporary, metadata={"pctalk_config": json.dumps(config)})
+        # save_file would make it unreadable to other users.
+        temporary.write_bytes(save(stored, {"pctalk_config": json.dumps(config)}))
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)

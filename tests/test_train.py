@@ -118,7 +118,7 @@ def test_mouth_shapes_on_the_mesh(prior):
     rest = shapes.articulate(np.zeros(4))
     wide_open, pursed, spread, pressed = (shapes.articulate(row) for row in np.eye(4))
     assert prior.lip_gap(rest) < measure.CONTACT
-    assert 0.2 < prior.lip_gap(wide_open) < 0.32
+    assert 0.3 < prior.lip_gap(wide_open) < 0.42
     assert prior.lip_gap(pressed) < 0.0
     assert prior.mouth_width(pursed) < prior.mouth_width(rest) - 0.15
     assert prior.mouth_width(spread) > prior.mouth_width(rest) + 0.1
@@ -148,7 +148,7 @@ def test_emotions_do_what_their_action_units_say(prior):
     assert measured["surprised"]["gap"] > 0.15 and measured["surprised"]["upper_lids"] < -0.03
     contempt = Expressions.design(prior).emotions[EMOTIONS.index("contempt")]
     assert contempt @ prior.measure("right_corner") < -0.06
-    assert abs(contempt @ prior.measure("left_corner")) < 0.02
+    assert contempt @ prior.measure("left_corner") > 0  # only one corner rises
 
 
 @pytest.mark.parametrize("emotion", range(len(EMOTIONS)))

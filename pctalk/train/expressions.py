@@ -41,41 +41,41 @@ _POINTS = {
 # 0.04 apart. `rest` is added throughout: lips that touch lightly.
 MOUTH: dict[str, dict[str, float]] = {
     "rest": {"gap": -0.032, "width": 0.0, "corners": 0.0},
-    "open": {"gap": 0.29, "width": 0.0, "corners": 0.05},
-    "pursing": {"gap": 0.03, "width": -0.21, "corners": 0.03, "upper_lip_inside": -0.01},
-    "widening": {"gap": 0.035, "width": 0.15, "corners": -0.03},
-    "press": {"gap": -0.035, "width": -0.02, "corners": 0.0},
+    "open": {"gap": 0.41, "width": 0.0, "corners": 0.07},
+    "pursing": {"gap": 0.042, "width": -0.29, "corners": 0.042, "upper_lip_inside": -0.014},
+    "widening": {"gap": 0.049, "width": 0.21, "corners": -0.042},
+    "press": {"gap": -0.049, "width": -0.028, "corners": 0.0},
 }
 
 # Emotions at intensity 1. The measurements that are not named stay free to follow the named ones.
 EMOTION_SHAPES: dict[str, dict[str, float]] = {
     "happy": {  # 6 cheek raiser, 12 lip corner puller
-        "corners": -0.10, "width": 0.17, "gap": 0.03, "lower_lids": -0.03, "upper_lids": 0.012, "inner_brows": 0.0,
+        "corners": -0.10, "width": 0.19, "gap": 0.03, "lower_lids": -0.035, "upper_lids": 0.015, "inner_brows": 0.0,
         "outer_brows": 0.0,
     },
     "sad": {  # 1 inner brow raiser, 4 brow lowerer, 15 lip corner depressor
-        "corners": 0.075, "width": -0.03, "gap": -0.02, "inner_brows": -0.13, "outer_brows": 0.02, "brow_distance": -0.05,
-        "upper_lids": 0.02, "lower_lids": -0.01,
+        "corners": 0.12, "width": -0.08, "gap": -0.02, "inner_brows": -0.17, "outer_brows": 0.04, "brow_distance": -0.07,
+        "upper_lids": 0.03, "lower_lids": -0.01,
     },
     "angry": {  # 4 brow lowerer, 5 upper lid raiser, 7 lid tightener, 23 lip tightener
-        "inner_brows": 0.085, "outer_brows": 0.01, "brow_distance": -0.06, "upper_lids": 0.0, "lower_lids": -0.03,
-        "gap": -0.03, "width": -0.07, "corners": 0.025,
+        "inner_brows": 0.13, "outer_brows": -0.02, "brow_distance": -0.10, "upper_lids": -0.005, "lower_lids": -0.045,
+        "gap": -0.03, "width": -0.14, "corners": 0.06,
     },
     "fear": {  # 1, 2 brow raisers, 4, 5 upper lid raiser, 7, 20 lip stretcher, 26 jaw drop
-        "inner_brows": -0.12, "outer_brows": -0.05, "brow_distance": -0.03, "upper_lids": -0.06, "lower_lids": -0.01,
-        "width": 0.11, "corners": 0.04, "gap": 0.09,
+        "inner_brows": -0.13, "outer_brows": -0.04, "brow_distance": -0.04, "upper_lids": -0.06, "lower_lids": -0.01,
+        "width": 0.12, "corners": 0.07, "gap": 0.08,
     },
     "disgusted": {  # 9 nose wrinkler, 15 lip corner depressor, 16 lower lip depressor
-        "inner_brows": 0.06, "outer_brows": 0.03, "brow_distance": -0.03, "lower_lids": -0.035, "upper_lids": 0.03,
-        "nostrils": -0.02, "upper_lip": -0.06, "corners": 0.03, "gap": 0.05, "width": 0.0,
+        "inner_brows": 0.10, "outer_brows": 0.04, "brow_distance": -0.05, "lower_lids": -0.055, "upper_lids": 0.045,
+        "nostrils": -0.03, "upper_lip": -0.08, "corners": 0.06, "gap": 0.05, "width": -0.06,
     },
     "surprised": {  # 1, 2 brow raisers, 5 upper lid raiser, 26 jaw drop
-        "inner_brows": -0.095, "outer_brows": -0.09, "upper_lids": -0.055, "lower_lids": 0.01, "gap": 0.2, "width": -0.07,
+        "inner_brows": -0.095, "outer_brows": -0.09, "upper_lids": -0.055, "lower_lids": 0.01, "gap": 0.2, "width": -0.09,
         "corners": 0.04,
     },
     "contempt": {  # 12 and 14, one side (the image's right): the corner tightens and rises
-        "right_corner": -0.085, "left_corner": 0.0, "right_corner_x": 0.065, "left_corner_x": 0.01, "gap": -0.03,
-        "inner_brows": 0.0, "outer_brows": 0.0, "right_lower_lid": -0.015, "left_lower_lid": 0.0,
+        "right_corner": -0.11, "left_corner": 0.05, "right_corner_x": 0.09, "left_corner_x": 0.04, "gap": -0.03,
+        "inner_brows": 0.02, "outer_brows": 0.0, "right_lower_lid": -0.03, "left_lower_lid": 0.0,
     },
 }  # fmt: skip
 
