@@ -372,7 +372,7 @@ def select_face(faces: Sequence[Face], face_index: int, image_size: Sequence[int
     if not 0 <= face_index < len(faces):
         raise ValueError(
             f"Face {face_index} was asked for, but frame {frame} shows {len(faces)} face{'s' if len(faces) > 1 else ''}: "
-            f"choose a face_index from 0 (the largest) to {len(faces) - 1}."
+            f"choose one from 0 (the largest) to {len(faces) - 1}."
         )
     return faces[face_index]
 

@@ -34,7 +34,7 @@ WRONG = {
     "no face": ({"image": probe_image(200, 200)}, "PCTalk_KeypointExtract", "No face found in frame 0"),
     "16 pixels": ({"image": probe_image(16, 16)}, "PCTalk_KeypointExtract", "at least 64 x 64"),
     "two channels": ({"image": probe_image(200, 200, 2)}, "PCTalk_KeypointExtract", "1, 3 or 4 channels"),
-    "no second face": ({"portrait": {"face_index": 1}}, "PCTalk_KeypointExtract", "choose a face_index from 0"),
+    "no second face": ({"portrait": {"face_index": 1}}, "PCTalk_KeypointExtract", "choose one from 0"),
     "silence": ({"audio": probe_audio("silence")}, "PCTalk_EncodeSpeech", "silent"),
     "NaN": ({"audio": probe_audio("nan")}, "PCTalk_EncodeSpeech", "NaN"),
     "0.05 s": ({"audio": probe_audio("tone", 0.05)}, "PCTalk_EncodeSpeech", "at least 0.1 s"),
