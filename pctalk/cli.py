@@ -39,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("Interrupted.", file=sys.stderr)
         return INTERRUPTED
     except ModuleNotFoundError as error:
-        print(f"pctalk: {error.name} is not installed: run `pip install 'comfyui-pctalk[cli]'`.", file=sys.stderr)
+        extra = "cli,train" if arguments[:1] == ["train"] else "cli"
+        print(f"pctalk: {error.name} is not installed: run `pip install 'comfyui-pctalk[{extra}]'`.", file=sys.stderr)
         return BAD_INPUT
     except (ValueError, OSError) as error:
         print(f"pctalk: {error}", file=sys.stderr)
