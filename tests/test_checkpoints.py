@@ -137,7 +137,7 @@ def test_swapped_files(folder, file, other, message):
 
 def test_something_else_entirely(folder):
     save_file({"weight": torch.zeros(3)}, folder / "lac.safetensors")
-    with pytest.raises(ValueError, match="no PC-Talk network, expected lac"):
+    with pytest.raises(ValueError, match="no PC-Talk network and none of LivePortrait, expected lac"):
         load_motion_model(folder)
 
 
