@@ -143,12 +143,8 @@ def load_liveportrait(folder: str | Path) -> dict[str, nn.Module]:
     Raises FileNotFoundError that lists what is missing, ValueError when a file is damaged, hostile or of the wrong kind.
     """
     folder = Path(folder)
-    missing = missing_liveportrait(folder)
-    if missing:
-        raise FileNotFoundError(
-            f"{folder} lacks {', '.join(f'{file}.safetensors' for file in missing)} (or .pth): put there the files of "
-            "https://huggingface.co/Kijai/LivePortrait_safetensors or https://huggingface.co/KwaiVGI/LivePortrait."
-        )
+    if missing_liveportrait(folder):
+        raise FileNotFoundError(missing_sentence(folder))
     files = liveportrait_files(folder)
     return {name: _load(files[kind], kind)[0] for name, kind in LIVEPORTRAIT.items()}
 
@@ -162,6 +158,15 @@ def missing_liveportrait(folder: str | Path) -> list[str]:
     """The values of `LIVEPORTRAIT` of which a folder has no file; empty when it is complete."""
     found = liveportrait_files(folder)
     return [kind for kind in LIVEPORTRAIT.values() if kind not in found]
+
+
+def missing_sentence(folder: str | Path) -> str:
+    """What a folder lacks of LivePortrait, and how to get it."""
+    return (
+        f"{folder} lacks {', '.join(f'{file}.safetensors' for file in missing_liveportrait(folder))}: put there the files of "
+        "https://huggingface.co/Kijai/LivePortrait_safetensors, or the .pth files of "
+        "https://huggingface.co/KwaiVGI/LivePortrait, which `pctalk convert` turns into .safetensors."
+    )
 
 
 def recognise(keys: Iterable[str]) -> tuple[str | None, dict[str, str]]:

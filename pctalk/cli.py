@@ -109,7 +109,23 @@ def _parser() -> argparse.ArgumentParser:
     talk.add_argument(
         "--motion-model", default="starter", metavar="starter|DIR", help="the model that moves the face (default starter)"
     )
-    talk.add_argument("--renderer", choices=("mesh",), default="mesh", help="what draws the face (default mesh)")
+    talk.add_argument(
+        "--renderer",
+        default="mesh",
+        metavar="mesh|DIR",
+        help="what draws the face: mesh, or a folder with LivePortrait's files, such as models/liveportrait (default mesh)",
+    )
+    talk.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "fp16", "bf16"),
+        default="auto",
+        help="of LivePortrait's drawing; auto is fp16 on CUDA and fp32 elsewhere, mesh always computes in fp32 (default auto)",
+    )
+    talk.add_argument(
+        "--device",
+        type=_device,
+        help="where LivePortrait runs, such as cpu, cuda or mps (default cuda where there is one, else cpu)",
+    )
     talk.add_argument(
         "--fps", type=_frame_rate, default="25", metavar="FPS", help="frames a second, such as 25, 29.97 or 60 (default 25)"
     )
@@ -210,7 +226,6 @@ def _device(text: str):
 
 def _talk(options: argparse.Namespace) -> int:
     from .checkpoints import load_motion_model
-    from .render.mesh import MeshRenderer
     from .talk import EmotionRequest, TalkOptions, talk
 
     chosen = TalkOptions(
@@ -225,7 +240,7 @@ def _talk(options: argparse.Namespace) -> int:
         paste_back=not options.no_paste_back,
     )
     model = load_motion_model(None if options.motion_model == "starter" else Path(options.motion_model))
-    renderer = MeshRenderer.from_assets()
+    renderer = _renderer(options.renderer, options.precision, options.device)
     with _progress_bar() as progress:
         report = talk(
             options.portrait,
@@ -247,6 +262,24 @@ def _talk(options: argparse.Namespace) -> int:
         print(f"  {stage:<24}{seconds:7.2f} s{seconds / report.elapsed:7.1%}")
     print(f"  {'encoding, meanwhile':<24}{report.encoding:7.2f} s")
     return 0
+
+
+def _renderer(name: str, precision: str, device):
+    """The renderer named `mesh`, or the one with LivePortrait's files in the folder of that name."""
+    import torch
+
+    if name == "mesh":
+        from .render.mesh import MeshRenderer
+
+        if precision not in ("auto", "fp32"):
+            raise ValueError(f"--precision {precision} is for LivePortrait: leave it out, the mesh renderer computes in fp32.")
+        if device not in (None, torch.device("cpu")):
+            raise ValueError(f"--device {device} is for LivePortrait: leave it out, the mesh renderer runs on the CPU.")
+        return MeshRenderer.from_assets()
+    from .render.liveportrait import LivePortraitRenderer, chosen_dtype
+
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return LivePortraitRenderer.from_folder(Path(name), chosen_dtype(precision, device), device).to(device)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 
 from pctalk.cli import main
@@ -26,7 +27,7 @@ from pctalk.networks.liveportrait.motion import MotionExtractor
 from pctalk.networks.liveportrait.retargeting import StitchingRetargeting
 from pctalk.networks.liveportrait.warping import WarpingModule, gaussian_heatmaps
 from pctalk.render import Portrait
-from pctalk.render.liveportrait import LivePortraitRenderer
+from pctalk.render.liveportrait import LivePortraitRenderer, chosen_dtype
 
 PUBLISHED = json.loads((Path(__file__).parent / "golden" / "state_dict_shapes.json").read_text())
 
@@ -63,6 +64,37 @@ def narrow_warping() -> WarpingModule:
 
 def narrow_generator() -> SpadeGenerator:
     return built(SpadeGenerator, inputs=16, width=24, narrow=(16, 8), hidden=8)
+
+
+def write_narrow(folder: Path, layout: str = "flat") -> Path:
+    """Random narrow networks as LivePortrait's files: `flat` .safetensors, or the `original` .pth in two folders."""
+    networks = {
+        "appearance_feature_extractor": narrow_appearance(),
+        "motion_extractor": narrow_motion(),
+        "warping_module": narrow_warping(),
+        "spade_generator": narrow_generator(),
+        "stitching_retargeting_module": built(StitchingRetargeting),
+    }
+    for name, network in networks.items():
+        tensors = network.state_dict()
+        if layout == "flat":
+            file = folder / f"{name}.safetensors"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file({key: value.contiguous() for key, value in tensors.items()}, file)
+            continue
+        file = folder / "base_models" / f"{name}.pth"
+        if name == "stitching_retargeting_module":
+            file = folder / "retargeting_models" / file.name
+            parts = ("retarget_shoulder", "retarget_mouth", "retarget_eye")
+            tensors = {part: _within(tensors, f"{part}_module.") for part in parts}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(tensors, file)
+    return folder
+
+
+def _within(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """Those below a prefix, under the one that the original files have instead."""
+    return {f"module.{key.removeprefix(prefix)}": value for key, value in tensors.items() if key.startswith(prefix)}
 
 
 def keypoints(batch: int, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -455,6 +487,57 @@ def test_another_renderers_portrait_is_refused(renderer, extracted):
 def test_landmarks_of_other_pictures_are_refused(renderer, portrait_image):
     with pytest.raises(ValueError, match="landmarks for 3 frames and 1 pictures"):
         renderer.extract(portrait_image, landmarks=[torch.rand(468, 2)] * 3)
+
+
+@pytest.mark.parametrize("layout", ["flat", "original"])
+def test_files_in_a_folder_draw_like_their_networks(renderer, extracted, tmp_path, layout):
+    loaded = LivePortraitRenderer.from_folder(write_narrow(tmp_path, layout))
+    assert {name: next(network.parameters()).dtype for name, network in loaded.networks.items()} == dict.fromkeys(
+        renderer.networks, torch.float32
+    )
+    (ours,), (expected) = loaded.render(*extracted, paste_back=False), list(renderer.render(*extracted, paste_back=False))
+    assert torch.equal(ours.frames, expected[0].frames)
+
+
+def test_missing_files_are_listed_with_where_to_get_them(tmp_path):
+    write_narrow(tmp_path)
+    for name in ("motion_extractor", "spade_generator"):
+        (tmp_path / f"{name}.safetensors").unlink()
+    with pytest.raises(FileNotFoundError) as refused:
+        LivePortraitRenderer.from_folder(tmp_path)
+    sentence = str(refused.value)
+    assert sentence.startswith(f"{tmp_path} lacks ") and sentence.endswith(".")
+    assert "motion_extractor" in sentence and "spade_generator" in sentence and "warping" not in sentence
+    for words in ("Kijai/LivePortrait_safetensors", "KwaiVGI/LivePortrait", "pctalk convert"):
+        assert words in sentence
+
+
+def test_precision_that_each_device_gets():
+    assert [chosen_dtype("auto", device) for device in ("cuda", "cpu", "mps")] == [torch.float16, *[torch.float32] * 2]
+    assert [chosen_dtype(name, "cuda:1") for name in ("fp32", "fp16")] == [torch.float32, torch.float16]
+    assert chosen_dtype("bf16", "cpu") == torch.bfloat16
+    with pytest.raises(ValueError, match="choose auto, fp32 or bf16"):
+        chosen_dtype("fp16", "cpu")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_networks_move_whole(device):
+    """Whatever runs beside ComfyUI's model management must not leave a tensor behind; `device` chooses the forms."""
+    networks = narrow_appearance(), narrow_motion(), narrow_warping(), narrow_generator(), built(StitchingRetargeting)
+    moved = LivePortraitRenderer(FaceFinder.from_assets(), *networks, device=device).to("meta")
+    volume = moved.appearance(torch.empty(1, 3, 256, 256, device="meta"))
+    points = moved.motion(torch.empty(2, 3, 256, 256, device="meta")).canonical
+    driving = moved.stitching.stitch(points, points)
+    picture = moved.generator(moved.warping(volume, points[:1], driving).feature)
+    assert picture.device.type == "meta" and picture.shape == (2, 3, 512, 512)
+    left = [
+        (name, key)
+        for name, network in moved.networks.items()
+        for part in network.modules()
+        for key, value in vars(part).items()
+        if isinstance(value, torch.Tensor)
+    ]
+    assert not left and moved.device.type == "meta"
 
 
 def narrow_networks() -> Networks:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checkpoints import load_liveportrait
 from ..faces import FaceFinder, PasteBack, crop_image, prepare_images, soft_mask
 from ..keypoints import Keypoints, rotation_matrix
 from ..networks.liveportrait.appearance import AppearanceFeatureExtractor
@@ -32,6 +34,7 @@ READ_BATCH = 16  # source frames that M reads at once
 # Frames drawn at once unless the caller chooses. More would only leave a CPU's cache; a frame takes about 0.3 GB in float32.
 CPU_BATCH, GPU_BATCH = 1, 8
 PASTED_BYTES = 1 << 27  # of whole pictures made at once
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class LivePortraitRenderer:
@@ -70,6 +73,19 @@ class LivePortraitRenderer:
             "generator": self.generator,
             "stitching": self.stitching,
         }
+
+    @classmethod
+    def from_folder(
+        cls, folder: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> LivePortraitRenderer:
+        """With the files in a folder, see `checkpoints.load_liveportrait`, whose errors it raises; on the CPU."""
+        return cls(FaceFinder.from_assets(), **load_liveportrait(folder), dtype=dtype, device=device)
+
+    def to(self, device: torch.device | str) -> LivePortraitRenderer:
+        """The same renderer with its networks moved (in place, as nn.Module.to does)."""
+        for network in self.networks.values():
+            network.to(device)
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -153,6 +169,19 @@ class LivePortraitRenderer:
     def _inputs(self, pictures: Tensor) -> Tensor:
         """uint8 [b, 256, 256, 3] to float [b, 3, 256, 256], RGB 0..1, where the networks are."""
         return pictures.to(self.device).permute(0, 3, 1, 2).float() / 255.0
+
+
+def chosen_dtype(precision: str, device: torch.device | str) -> torch.dtype:
+    """The precision of W and G by its name in `PRECISIONS`, or for auto float16 on CUDA and float32 elsewhere.
+
+    Raises ValueError for float16 on a CPU, which has no fast arithmetic for it.
+    """
+    kind = torch.device(device).type
+    if precision == "auto":
+        return torch.float16 if kind == "cuda" else torch.float32
+    if precision == "fp16" and kind == "cpu":
+        raise ValueError("LivePortrait draws in fp16 on a GPU only, and this is a CPU: choose auto, fp32 or bf16.")
+    return PRECISIONS[precision]
 
 
 def appearance_dtype(dtype: torch.dtype) -> torch.dtype:
