@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from .networks.audio_encoder import AudioEncoder
-from .networks.decoder import HEADS, LONGEST, PeriodicPositions
+from .networks.decoder import HEADS, LONGEST
 from .networks.emotion import EmotionPredictor
 from .networks.liveportrait.appearance import AppearanceFeatureExtractor
 from .networks.liveportrait.generator import SpadeGenerator
@@ -40,6 +40,7 @@ from .weights import SUFFIXES, read_keys, read_weights
 
 STARTER = Path(__file__).parent / "assets" / "starter"
 PUBLISHED_WINDOW = 25
+WIDEST = 4096  # the published networks have 512 features
 MOTION_MODEL = ("audio_encoder", "lac", "emc", "style_encoder")
 LIVEPORTRAIT = {  # what `LivePortraitRenderer` calls a network: what its file is called
     "appearance": "appearance_feature_extractor",
@@ -255,7 +256,7 @@ def _decoder_sizes(tensors: dict[str, Tensor], config: dict) -> dict[str, int]:
     ff_dim = tensors["transformer_decoder.layers.0.linear1.weight"].shape[0]
     window = config.get("window") or _period(tensors.get("PPE.pe"))
     heads = config.get("heads", HEADS)
-    if not 1 <= window <= LONGEST or dim % heads:
+    if not 1 <= window <= LONGEST or dim > WIDEST or dim % heads:
         raise ValueError(f"windows of {window} frames or {heads} heads of {dim} features make no sense")
     return {"styles": styles, "dim": dim, "ff_dim": ff_dim, "window": window, "heads": heads}
 
@@ -270,6 +271,8 @@ def _build(kind: str, tensors: dict[str, Tensor], config: dict) -> nn.Module:
         return EmotionPredictor(**_decoder_sizes(tensors, config), style_bias="obj_vector.bias" in tensors)
     if kind == "style_encoder":
         dim = tensors["vertice_map.weight"].shape[0]
+        if dim > WIDEST:
+            raise ValueError(f"{dim} features make no sense")
         ff_dim = tensors["transformer_encoder.layers.0.linear1.weight"].shape[0]
         return StyleEncoder(tensors["cls.out_proj.weight"].shape[0], dim, ff_dim, config.get("heads", HEADS))
     if kind == "appearance_feature_extractor":
@@ -375,9 +378,6 @@ def _load(file: Path, kind: str) -> tuple[nn.Module, dict]:
         part.load_state_dict(own, strict=False, assign=True)
     if given:
         raise ValueError(f"{file} does not fit the {kind} network: {min(given)} is unknown to it; use another file.")
-    for module in network.modules():
-        if isinstance(module, PeriodicPositions):
-            module.pe = PeriodicPositions(module.pe.shape[2], module.period).pe
     return network.eval(), config
 
 

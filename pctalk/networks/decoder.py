@@ -48,9 +48,10 @@ class PeriodicPositions(nn.Module):
     def __init__(self, dim: int, period: int) -> None:
         super().__init__()
         self.period = period
-        position = torch.arange(period, dtype=torch.float32)[:, None]
-        rate = torch.exp(torch.arange(0, dim, 2).float() * (-math.log(10000.0) / dim))
-        table = torch.zeros(1, period, dim)
+        with torch.device("cpu"):  # the table is no weight: it is there even where a network is built on the meta device
+            position = torch.arange(period, dtype=torch.float32)[:, None]
+            rate = torch.exp(torch.arange(0, dim, 2).float() * (-math.log(10000.0) / dim))
+            table = torch.zeros(1, period, dim)
         table[0, :, 0::2] = torch.sin(position * rate)
         table[0, :, 1::2] = torch.cos(position * rate)
         self.register_buffer("pe", table.repeat(1, LONGEST // period + 1, 1))
