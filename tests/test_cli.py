@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_liveportrait import write_narrow
 from test_media import RATE, names, write_sound
 from test_talk import babble
 
@@ -104,6 +105,19 @@ def test_it_writes_a_video_and_says_where_the_time_went(tmp_path, say):
 def test_the_crop_instead_of_the_whole_picture(tmp_path, say):
     code, out, _ = say("--no-paste-back")
     assert code == 0 and "10 frames of 512 x 512 at 25 fps" in out
+
+
+def test_liveportrait_draws_with_the_files_of_a_folder(tmp_path, say):
+    folder = write_narrow(tmp_path / "liveportrait")
+    pictures = {}
+    for options in ((), ("--renderer", folder), ("--renderer", folder, "--precision", "bf16")):
+        code, out, err = say(*options, "--device", "cpu")
+        assert (code, err) == (0, "") and "10 frames of 320 x 320" in out
+        with av.open(str(tmp_path / "out" / "out.mp4")) as container:
+            pictures[options] = next(container.decode(video=0)).to_ndarray(format="gray").astype(float)
+    mesh, exact, rounded = pictures.values()
+    assert np.abs(mesh - exact).mean() > 5
+    assert np.abs(exact - rounded).mean() < 1
 
 
 def test_the_same_input_gives_the_same_frames(tmp_path, say):
@@ -426,3 +440,24 @@ def test_torch_is_told_not_to_spin():
         timeout=120,
     )
     assert done.stdout == "False True PASSIVE\n", done.stderr
+
+
+# Renderers
+
+
+def test_a_folder_without_liveportraits_files(tmp_path, say):
+    words = ("liveportrait lacks .*motion_extractor.safetensors", "Kijai/LivePortrait_safetensors", "pctalk convert")
+    assert_refused(say("--renderer", tmp_path / "liveportrait"), tmp_path / "out", *words)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--precision", "fp16"], "the mesh renderer computes in fp32"),
+        (["--device", "meta"], "the mesh renderer runs on the CPU"),
+        (["--renderer", "files", "--precision", "fp16", "--device", "cpu"], "choose auto, fp32 or bf16"),
+        (["--precision", "fp8"], "invalid choice"),
+    ],
+)
+def test_precision_and_device_that_do_not_fit(tmp_path, say, options, words):
+    assert_refused(say(*options), tmp_path / "out", words)
