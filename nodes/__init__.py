@@ -7,6 +7,7 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import ComfyExtension, io
 
+from ..pctalk.weights import SUFFIXES
 from .deform import AddDeformations, EMCDeform, LACDeform, RegionEmotionMix
 from .loaders import LoadMotionModel, LoadRenderer
 from .portrait import KeypointExtract, WarpDecode
@@ -14,7 +15,6 @@ from .speech import EncodeSpeech
 from .views import DrawKeypoints, PlotDeformation
 
 MODEL_FOLDERS = ("pctalk", "liveportrait")
-MODEL_EXTENSIONS = (".safetensors",)
 
 
 class PCTalkExtension(ComfyExtension):
@@ -42,4 +42,4 @@ def register_model_folders() -> None:
     for name in MODEL_FOLDERS:
         folder_paths.add_model_folder_path(name, str(Path(folder_paths.models_dir) / name))
         folders, extensions = folder_paths.folder_names_and_paths[name]
-        folder_paths.folder_names_and_paths[name] = (folders, {*extensions, *MODEL_EXTENSIONS})
+        folder_paths.folder_names_and_paths[name] = (folders, {*extensions, *SUFFIXES})

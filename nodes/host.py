@@ -26,7 +26,7 @@ class Handle(Generic[Model]):
     def of(cls, model: Model, networks: dict[str, nn.Module]) -> Handle[Model]:
         # CoreModelPatcher is looked up now: ComfyUI replaces it at start when it manages memory dynamically.
         patcher = comfy.model_patcher.CoreModelPatcher
-        run_on, wait_on = model_management.get_torch_device(), model_management.unet_offload_device()
+        run_on, wait_on = run_device(), model_management.unet_offload_device()
         return cls(model, tuple(patcher(network, run_on, wait_on) for network in networks.values()))
 
     def get_models(self) -> list[ModelPatcher]:
@@ -34,8 +34,14 @@ class Handle(Generic[Model]):
 
     def load(self) -> torch.device:
         """Bring the networks to the device they run on, which is returned."""
-        model_management.load_models_gpu(self.get_models())
-        return model_management.get_torch_device()
+        # In full: ComfyUI can run a network half loaded only when all its layers are of comfy.ops.
+        model_management.load_models_gpu(self.get_models(), force_full_load=True)
+        return run_device()
+
+
+def run_device() -> torch.device:
+    """Where ComfyUI runs networks."""
+    return model_management.get_torch_device()
 
 
 class Progress:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import folder_paths
 from comfy_api.latest import io
 
-from ..pctalk.checkpoints import load_motion_model
+from ..pctalk.checkpoints import LIVEPORTRAIT_FOLDERS, load_motion_model, missing_liveportrait, missing_sentence
+from ..pctalk.render.liveportrait import PRECISIONS, LivePortraitRenderer, chosen_dtype
 from ..pctalk.render.mesh import MeshRenderer
-from .host import Handle
+from ..pctalk.weights import SUFFIXES
+from .host import Handle, run_device
 from .sockets import CATEGORY, PACK_NAMES, MotionModelSocket, RendererSocket
 
 STARTER = "starter"
@@ -25,6 +28,11 @@ def motion_model_folders() -> dict[str, Path]:
                 if any(folder.glob("*.safetensors")):
                     found.setdefault(folder.name, folder)
     return found
+
+
+def _stamps(files: Iterable[Path]) -> list[tuple[str, int, int]]:
+    """What changes when a file is replaced."""
+    return [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files]
 
 
 class LoadMotionModel(io.ComfyNode):
@@ -52,13 +60,29 @@ class LoadMotionModel(io.ComfyNode):
     def fingerprint_inputs(cls, model: str) -> list[tuple[str, int, int]]:
         """Load again when a file of the folder was replaced."""
         folder = motion_model_folders().get(model)
-        files = sorted(folder.glob("*.safetensors")) if folder else []
-        return [(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files]
+        return _stamps(sorted(folder.glob("*.safetensors"))) if folder else []
 
     @classmethod
     def execute(cls, model: str) -> io.NodeOutput:
         loaded = load_motion_model() if model == STARTER else load_motion_model(motion_model_folders()[model], name=model)
         return io.NodeOutput(Handle.of(loaded, loaded.networks))
+
+
+def liveportrait_folders() -> dict[str, Path]:
+    """Every folder in models/liveportrait that has all of LivePortrait's files, itself included, by its name."""
+    found: dict[str, Path] = {}
+    for root in map(Path, folder_paths.get_folder_paths("liveportrait")):
+        if root.is_dir():
+            for folder in (root, *sorted(path for path in root.iterdir() if path.is_dir())):
+                if folder.name != MESH and not missing_liveportrait(folder):
+                    found.setdefault(folder.name, folder)
+    return found
+
+
+def expected_folder(name: str) -> Path:
+    """Where the files of a renderer that isn't there belong: in models/liveportrait or the folder of that name in it."""
+    root = Path(folder_paths.get_folder_paths("liveportrait")[0])
+    return root if name in (root.name, "") else root / Path(name).name
 
 
 class LoadRenderer(io.ComfyNode):
@@ -73,16 +97,19 @@ class LoadRenderer(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "renderer",
-                    options=[MESH],
+                    options=[MESH, *liveportrait_folders()],
                     default=MESH,
-                    tooltip="mesh ships with PC-Talk, needs no download and runs in real time on a laptop's CPU.",
+                    tooltip="mesh ships with PC-Talk, needs no download and runs in real time on a laptop's CPU. Other entries "
+                    "are folders with all of LivePortrait's files: models/liveportrait, or folders in it. They draw best and "
+                    "want a GPU.",
                 ),
                 io.Combo.Input(
                     "precision",
-                    options=["auto", "fp32", "fp16", "bf16"],
+                    options=["auto", *PRECISIONS],
                     default="auto",
                     advanced=True,
-                    tooltip="auto takes what is best for the renderer on this device. mesh always computes in fp32.",
+                    tooltip="Of LivePortrait's drawing. auto: fp16 on CUDA, fp32 on CPU and MPS. fp16 needs a GPU; bf16 is "
+                    "quicker than fp32 where the processor has it, and less exact than fp16. mesh always computes in fp32.",
                 ),
             ],
             outputs=[RendererSocket.Output(display_name="renderer", tooltip="For Extract Keypoints and Warp and Decode.")],
@@ -90,11 +117,36 @@ class LoadRenderer(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, renderer: str, precision: str) -> bool | str:
-        if renderer == MESH and precision not in ("auto", "fp32"):
-            return f"The mesh renderer computes in fp32, not {precision}: choose auto or fp32."
+        """Takes the place of ComfyUI's own check of both lists."""
+        if precision not in ("auto", *PRECISIONS):
+            return f"There is no precision {precision}: choose auto, {', '.join(PRECISIONS)}."
+        if renderer == MESH:
+            if precision not in ("auto", "fp32"):
+                return f"The mesh renderer computes in fp32, not {precision}: choose auto or fp32."
+            return True
+        if renderer not in liveportrait_folders():
+            return missing_sentence(expected_folder(renderer))
+        try:
+            chosen_dtype(precision, run_device())
+        except ValueError as error:
+            return str(error)
         return True
 
     @classmethod
+    def fingerprint_inputs(cls, renderer: str, precision: str) -> list[tuple[str, int, int]]:
+        """Load again when a file of the folder was replaced."""
+        folder = liveportrait_folders().get(renderer)
+        if folder is None:
+            return []
+        files = (file for part in LIVEPORTRAIT_FOLDERS for file in (folder / part).glob("*"))
+        return _stamps(sorted(file for file in files if file.suffix in SUFFIXES))
+
+    @classmethod
     def execute(cls, renderer: str, precision: str) -> io.NodeOutput:
-        loaded = MeshRenderer.from_assets()
+        if renderer == MESH:
+            loaded = MeshRenderer.from_assets()
+        else:
+            device = run_device()
+            folder = liveportrait_folders()[renderer]
+            loaded = LivePortraitRenderer.from_folder(folder, chosen_dtype(precision, device), device)
         return io.NodeOutput(Handle.of(loaded, loaded.networks))

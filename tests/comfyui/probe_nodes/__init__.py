@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import folder_paths
@@ -126,9 +128,38 @@ class ProbeKeep(io.ComfyNode):
         return io.NodeOutput()
 
 
+class ProbeParameters(io.ComfyNode):
+    """Counts the bytes of parameters in this process and in the networks of two loaders, as `held` and `alive` in NAME.npz."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        links = [Anything.Input(name) for name in ("motion_model", "renderer", "after")]
+        return io.Schema(node_id="ProbeParameters", inputs=[*links, io.String.Input("name")], outputs=[], is_output_node=True)
+
+    @classmethod
+    def fingerprint_inputs(cls, **_: object) -> float:
+        return time.time()  # always count: never from the cache
+
+    @classmethod
+    def execute(cls, motion_model: object, renderer: object, after: object, name: str) -> io.NodeOutput:
+        gc.collect()
+        alive = (one for one in gc.get_objects() if type(one) is torch.nn.Parameter)
+        patchers = [*motion_model.get_models(), *renderer.get_models()]
+        held = (parameter for patcher in patchers for parameter in patcher.model.parameters())
+        counts = {"alive": _bytes(alive), "held": _bytes(held)}
+        np.savez(Path(folder_paths.get_output_directory()) / f"{name}.npz", **counts)
+        return io.NodeOutput()
+
+
+def _bytes(parameters: Iterable[torch.Tensor]) -> int:
+    """Of memory that they take, counted once where they share it."""
+    storages = (parameter.untyped_storage() for parameter in parameters)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
 class ProbeExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [ProbeImage, ProbeReshape, ProbeAudio, ProbeLandmarks, ProbeKeep]
+        return [ProbeImage, ProbeReshape, ProbeAudio, ProbeLandmarks, ProbeKeep, ProbeParameters]
 
 
 async def comfy_entrypoint() -> ProbeExtension:
