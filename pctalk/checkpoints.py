@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from .networks.audio_encoder import AudioEncoder
-from .networks.decoder import HEADS, LONGEST
+from .networks.decoder import HEADS, LONGEST, MotionDecoder
 from .networks.emotion import EmotionPredictor
 from .networks.liveportrait.appearance import AppearanceFeatureExtractor
 from .networks.liveportrait.generator import SpadeGenerator
@@ -123,12 +123,12 @@ def load_motion_model(path: str | Path | None = None, name: str | None = None) -
             raise FileNotFoundError(
                 f"The motion model in {folder} has no {kind}.safetensors: put the file there or load another model."
             )
-    audio_encoder, _ = _load(files["audio_encoder"], "audio_encoder")
-    lac, config = _load(files["lac"], "lac")
-    emc, _ = _load(files["emc"], "emc")
+    audio_encoder, _ = load_network(files["audio_encoder"], "audio_encoder")
+    lac, config = load_network(files["lac"], "lac")
+    emc, _ = load_network(files["emc"], "emc")
     style_encoder = None
     if "style_encoder" in files:
-        style_encoder, _ = _load(files["style_encoder"], "style_encoder")
+        style_encoder, _ = load_network(files["style_encoder"], "style_encoder")
         if style_encoder.vertice_map.out_features != lac["predictor"].vertice_map.out_features:
             raise ValueError(f"The style encoder in {folder} does not fit its {files['lac'].name}: remove or replace it.")
     ids, advised = range(lac["predictor"].obj_vector.in_features), config.get("recommended_styles")
@@ -147,7 +147,7 @@ def load_liveportrait(folder: str | Path) -> dict[str, nn.Module]:
     if missing_liveportrait(folder):
         raise FileNotFoundError(missing_sentence(folder))
     files = liveportrait_files(folder)
-    return {name: _load(files[kind], kind)[0] for name, kind in LIVEPORTRAIT.items()}
+    return {name: load_network(files[kind], kind)[0] for name, kind in LIVEPORTRAIT.items()}
 
 
 def liveportrait_files(folder: str | Path) -> dict[str, Path]:
@@ -229,17 +229,49 @@ def save_motion_model(model: MotionModel, folder: str | Path, dtype: torch.dtype
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "audio_encoder.safetensors", model.audio_encoder.state_dict(), {}, dtype)
-    lac = {**model.lac.state_dict(), **model.refiner.state_dict()}
-    config = {**_decoder_config(model.lac), "recommended_styles": list(model.recommended_styles)}
-    _write(folder / "lac.safetensors", lac, config, dtype)
-    _write(folder / "emc.safetensors", model.emc.state_dict(), _decoder_config(model.emc), dtype)
+    lac = nn.ModuleDict({"predictor": model.lac, "refiner": model.refiner})
+    advised = {"recommended_styles": list(model.recommended_styles)}
+    write_network(folder / "audio_encoder.safetensors", model.audio_encoder, {}, dtype)
+    write_network(folder / "lac.safetensors", lac, {**configuration(lac), **advised}, dtype)
+    write_network(folder / "emc.safetensors", model.emc, configuration(model.emc), dtype)
     if model.style_encoder is not None:
-        heads = model.style_encoder.transformer_encoder.layers[0].self_attn.num_heads
-        _write(folder / "style_encoder.safetensors", model.style_encoder.state_dict(), {"heads": heads}, dtype)
+        write_network(folder / "style_encoder.safetensors", model.style_encoder, configuration(model.style_encoder), dtype)
 
 
-def _decoder_config(network: LipPredictor | EmotionPredictor) -> dict:
+def write_network(file: Path, network: nn.Module, config: dict, dtype: torch.dtype = torch.float32) -> None:
+    """Write one network under its published keys, complete or not at all.
+
+    Args: network: as `load_network` returns it; config: what the metadata entry `pctalk_config` is to hold; dtype: how
+    numbers are stored. Raises OSError when the file can't be written.
+    """
+    from safetensors.torch import save
+
+    stored = {}
+    for part in _parts(network):
+        for key, value in part.state_dict().items():
+            if not key.endswith("PPE.pe"):
+                stored[key] = (value.to(dtype) if value.is_floating_point() else value).detach().cpu().contiguous()
+    temporary = file.with_name(f"{file.name}.part")
+    try:
+        # save_file would make it unreadable to other users.
+        temporary.write_bytes(save(stored, {"pctalk_config": json.dumps(config)}))
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _parts(network: nn.Module) -> list[nn.Module]:
+    """The networks of one file: two for `lac`, otherwise the one itself."""
+    return list(network.values()) if isinstance(network, nn.ModuleDict) else [network]
+
+
+def configuration(network: nn.Module) -> dict:
+    """The sizes of a network as its file states them; those of LivePortrait and the audio encoder are read off the tensors."""
+    network = _parts(network)[0]
+    if isinstance(network, StyleEncoder):
+        return {"heads": network.transformer_encoder.layers[0].self_attn.num_heads}
+    if not isinstance(network, MotionDecoder):
+        return {}
     layer = network.transformer_decoder.layers[0]
     return {
         "feature_dim": network.vertice_map.out_features,
@@ -346,8 +378,11 @@ def _period(table: Tensor | None) -> int:
     return int(repeats[0]) + 1 if len(repeats) else table.shape[1]
 
 
-def _load(file: Path, kind: str) -> tuple[nn.Module, dict]:
-    """One network in eval mode and float32, and the configuration in its file (see `_build`).
+def load_network(file: Path, kind: str) -> tuple[nn.Module, dict]:
+    """One network in eval mode and float32 on the CPU, and the configuration in its file.
+
+    Args: kind: a key of `RECOGNISED_BY`; a `lac` file's network is a ModuleDict {"predictor", "refiner"}.
+    Raises ValueError when the file is damaged, hostile, of another kind, or its values are not finite.
 
     The network is built without memory and takes over the file's tensors once they are known to fit, so that a file can't
     ask for more than it holds.
@@ -355,14 +390,14 @@ def _load(file: Path, kind: str) -> tuple[nn.Module, dict]:
     tensors, config = read_weights(file)
     found, keys = recognise(tensors)
     if found != kind:
-        raise ValueError(f"{file} holds {_described(found)}, expected {kind}: put the right file in its place.")
+        raise ValueError(f"{file} holds {described(found)}, expected {kind}: put the right file in its place.")
     given = {key: tensors[original] for key, original in keys.items() if not key.endswith("PPE.pe")}
     try:
         with torch.device("meta"):
             network = _build(kind, {key: tensors[original] for key, original in keys.items()}, config)
     except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{file} is no usable {kind} network ({error}): copy or download it again.") from None
-    for part in network.values() if isinstance(network, nn.ModuleDict) else [network]:
+    for part in _parts(network):
         expected = {key: value for key, value in part.state_dict().items() if not key.endswith("PPE.pe")}
         for key, value in expected.items():
             if key.endswith("num_batches_tracked"):  # of no use but for training
@@ -381,24 +416,8 @@ def _load(file: Path, kind: str) -> tuple[nn.Module, dict]:
     return network.eval(), config
 
 
-def _described(kind: str | None) -> str:
+def described(kind: str | None) -> str:
+    """What `recognise` found, in words."""
     if kind is None:
         return "no PC-Talk network and none of LivePortrait"
     return f"a {'PC-Talk' if kind in MOTION_MODEL else 'LivePortrait'} {kind} network"
-
-
-def _write(file: Path, tensors: dict[str, Tensor], config: dict, dtype: torch.dtype) -> None:
-    from safetensors.torch import save
-
-    stored = {
-        key: (value.to(dtype) if value.is_floating_point() else value).detach().cpu().contiguous()
-        for key, value in tensors.items()
-        if not key.endswith("PPE.pe")
-    }
-    temporary = file.with_name(f"{file.name}.part")
-    try:
-        # save_file would make it unreadable to other users.
-        temporary.write_bytes(save(stored, {"pctalk_config": json.dumps(config)}))
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The command line: pctalk talk | verify | bench | train.
+"""The command line: pctalk talk | convert | verify | bench | train.
 
 Nothing that imports torch is imported up here: `main` has a word with OpenMP first.
 """
@@ -132,6 +132,15 @@ def _parser() -> argparse.ArgumentParser:
     talk.add_argument("--face", type=int, default=0, metavar="N", help="which face of several, 0 is the largest (default 0)")
     talk.add_argument("--no-paste-back", action="store_true", help="show the upright face crop instead of the whole picture")
     talk.add_argument("--save-motion", type=Path, metavar="FILE", help="also save the keypoints, as .safetensors")
+
+    convert = commands.add_parser(
+        "convert",
+        help="make .safetensors of published weights",
+        description="Write the networks of PC-Talk or LivePortrait in FILEs of any published layout as .safetensors.",
+    )
+    convert.set_defaults(run=_convert)
+    convert.add_argument("files", type=Path, nargs="+", metavar="FILE", help="a .pth or .safetensors file")
+    convert.add_argument("--to", type=Path, metavar="DIR", help="the folder to write to (default: beside each file)")
 
     verify = commands.add_parser(
         "verify", help="compare the networks with reference numbers", description="Recompute every golden file found in DIR."
@@ -301,6 +310,14 @@ def _progress_bar():
     finally:
         for bar in bars.values():
             bar.close()
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from .convert import convert
+
+    for file in options.files:
+        print(convert(file, options.to), flush=True)
+    return 0
 
 
 def _verify(options: argparse.Namespace) -> int:
