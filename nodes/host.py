@@ -32,10 +32,10 @@ class Handle(Generic[Model]):
     def get_models(self) -> list[ModelPatcher]:
         return list(self.patchers)
 
-    def load(self) -> torch.device:
-        """Bring the networks to the device they run on, which is returned."""
+    def load(self, working_memory: int = 0) -> torch.device:
+        """Bring the networks to the device they run on, which is returned, and free as many bytes there for what they do."""
         # In full: ComfyUI can run a network half loaded only when all its layers are of comfy.ops.
-        model_management.load_models_gpu(self.get_models(), force_full_load=True)
+        model_management.load_models_gpu(self.get_models(), working_memory, force_full_load=True)
         return run_device()
 
 

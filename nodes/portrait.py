@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..pctalk.keypoints import FPS, Keypoints
 from ..pctalk.render import Portrait, Renderer
-from .host import Handle, Progress, empty_images, intermediate_device
+from .host import Handle, Progress, empty_images, intermediate_device, run_device
 from .sockets import CATEGORY, PACK_NAMES, FaceLandmarksSocket, KeypointsSocket, PortraitSocket, RendererSocket
 
 
@@ -170,7 +170,7 @@ class WarpDecode(io.ComfyNode):
         remedy = "shorten the audio, shrink the portrait or turn paste_back off"
         images, mask = empty_images(keypoints.frames, height, width, remedy, with_mask=True)
 
-        renderer.load()
+        renderer.load(renderer.model.working_memory(run_device(), batch))
         progress = Progress()
         progress(0, keypoints.frames)
         done = 0

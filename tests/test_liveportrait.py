@@ -520,6 +520,15 @@ def test_precision_that_each_device_gets():
         chosen_dtype("fp16", "cpu")
 
 
+def test_memory_that_drawing_takes_grows_with_batch_and_precision(renderer):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert renderer.working_memory(cuda, 4) == 4 * renderer.working_memory(cpu)
+    assert renderer.working_memory(cuda) > renderer.working_memory(cuda, 4)
+    networks = narrow_appearance(), narrow_motion(), narrow_warping(), narrow_generator(), built(StitchingRetargeting)
+    halved = LivePortraitRenderer(FaceFinder.from_assets(), *networks, dtype=torch.float16)
+    assert 2 * halved.working_memory(cuda) == renderer.working_memory(cuda)
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_networks_move_whole(device):
     """Whatever runs beside ComfyUI's model management must not leave a tensor behind; `device` chooses the forms."""

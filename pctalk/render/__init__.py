@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ..faces import Crop
@@ -45,6 +46,10 @@ class Renderer(Protocol):
 
     name: str
     networks: dict[str, nn.Module]
+
+    def working_memory(self, device: torch.device, batch: int = 0) -> int:
+        """About how many bytes of a device drawing takes beside the networks, `batch` frames (0: its choice) at once."""
+        ...
 
     def extract(
         self, images: Tensor, *, face_index: int = 0, crop_scale: float = 2.3, landmarks: list | None = None

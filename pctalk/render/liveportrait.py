@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 
 INPUT_SIZE = 256  # of F and M
 READ_BATCH = 16  # source frames that M reads at once
-# Frames drawn at once unless the caller chooses. More would only leave a CPU's cache; a frame takes about 0.3 GB in float32.
-CPU_BATCH, GPU_BATCH = 1, 8
+CPU_BATCH, GPU_BATCH = 1, 8  # frames drawn at once unless the caller chooses; more would only leave a CPU's cache
+FRAME_BYTES = 300_000_000  # that drawing a frame takes in float32, about
 PASTED_BYTES = 1 << 27  # of whole pictures made at once
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -91,6 +91,11 @@ class LivePortraitRenderer:
     def device(self) -> torch.device:
         return next(self.generator.parameters()).device
 
+    def working_memory(self, device: torch.device, batch: int = 0) -> int:
+        """See `Renderer.working_memory`."""
+        precision = next(self.generator.parameters()).dtype
+        return _batch(batch, device) * FRAME_BYTES * precision.itemsize // torch.float32.itemsize
+
     @torch.no_grad()
     def extract(
         self, images: Tensor, *, face_index: int = 0, crop_scale: float = 2.3, landmarks: Sequence | None = None
@@ -119,7 +124,7 @@ class LivePortraitRenderer:
                 "connect the same renderer to Extract Keypoints and to Warp and Decode."
             )
         driving = keypoints.posed()
-        batch = batch or (CPU_BATCH if self.device.type == "cpu" else GPU_BATCH)
+        batch = _batch(batch, self.device)
         source, canvas = _Source(self, portrait), _Canvas(portrait, self.device) if paste_back else None
         start = 0
         while start < len(driving):
@@ -169,6 +174,11 @@ class LivePortraitRenderer:
     def _inputs(self, pictures: Tensor) -> Tensor:
         """uint8 [b, 256, 256, 3] to float [b, 3, 256, 256], RGB 0..1, where the networks are."""
         return pictures.to(self.device).permute(0, 3, 1, 2).float() / 255.0
+
+
+def _batch(batch: int, device: torch.device) -> int:
+    """Frames drawn at once: what the caller chose, or for 0 what suits the device."""
+    return batch or (CPU_BATCH if device.type == "cpu" else GPU_BATCH)
 
 
 def chosen_dtype(precision: str, device: torch.device | str) -> torch.dtype:

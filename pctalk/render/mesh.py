@@ -41,6 +41,10 @@ class MeshRenderer:
         """With the weights and tables that ship."""
         return cls(FaceFinder.from_assets(), Basis.from_assets())
 
+    def working_memory(self, device: torch.device, batch: int = 0) -> int:
+        """See `Renderer.working_memory`: none is asked for, it holds a few pictures at once."""
+        return 0
+
     def extract(
         self, images: Tensor, *, face_index: int = 0, crop_scale: float = 2.3, landmarks: list | None = None
     ) -> tuple[Portrait, Keypoints]:
