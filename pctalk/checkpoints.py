@@ -210,7 +210,7 @@ def _find(folders: list[Path], kinds: tuple[str, ...]) -> dict[str, Path]:
     for file in files:
         try:
             kind, _ = recognise(read_keys(file))
-        except ValueError:
+        except (OSError, ValueError):
             continue
         holders.setdefault(kind, []).append(file)
     found = {}
@@ -288,13 +288,17 @@ def _decoder_sizes(tensors: dict[str, Tensor], config: dict) -> dict[str, int]:
     ff_dim = tensors["transformer_decoder.layers.0.linear1.weight"].shape[0]
     window = config.get("window") or _period(tensors.get("PPE.pe"))
     heads = config.get("heads", HEADS)
-    if not 1 <= window <= LONGEST or dim > WIDEST or dim % heads:
+    if not 1 <= window <= LONGEST or dim > WIDEST or heads < 1 or dim % heads:
         raise ValueError(f"windows of {window} frames or {heads} heads of {dim} features make no sense")
     return {"styles": styles, "dim": dim, "ff_dim": ff_dim, "window": window, "heads": heads}
 
 
-def _build(kind: str, tensors: dict[str, Tensor], config: dict) -> nn.Module:
-    """A network of the sizes that its tensors have; a `lac` file's is {"predictor", "refiner"}."""
+def build_network(kind: str, tensors: dict[str, Tensor], config: dict) -> nn.Module:
+    """A new network of the sizes that its tensors and its file's configuration say.
+
+    Args: kind: a key of `RECOGNISED_BY`; a `lac` file's network is a ModuleDict {"predictor", "refiner"}.
+    Raises KeyError, ValueError and the like when they make no network.
+    """
     if kind == "audio_encoder":
         return AudioEncoder()
     if kind == "lac":
@@ -381,8 +385,9 @@ def _period(table: Tensor | None) -> int:
 def load_network(file: Path, kind: str) -> tuple[nn.Module, dict]:
     """One network in eval mode and float32 on the CPU, and the configuration in its file.
 
-    Args: kind: a key of `RECOGNISED_BY`; a `lac` file's network is a ModuleDict {"predictor", "refiner"}.
-    Raises ValueError when the file is damaged, hostile, of another kind, or its values are not finite.
+    Args: kind: see `build_network`.
+    Raises ValueError when the file is damaged, hostile, of another kind, or its values are not finite, OSError when it can't
+    be opened.
 
     The network is built without memory and takes over the file's tensors once they are known to fit, so that a file can't
     ask for more than it holds.
@@ -394,7 +399,7 @@ def load_network(file: Path, kind: str) -> tuple[nn.Module, dict]:
     given = {key: tensors[original] for key, original in keys.items() if not key.endswith("PPE.pe")}
     try:
         with torch.device("meta"):
-            network = _build(kind, {key: tensors[original] for key, original in keys.items()}, config)
+            network = build_network(kind, {key: tensors[original] for key, original in keys.items()}, config)
     except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{file} is no usable {kind} network ({error}): copy or download it again.") from None
     for part in _parts(network):
