@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import folder_paths
@@ -19,15 +19,40 @@ STARTER = "starter"
 MESH = "mesh"
 
 
+def _folders(kind: str) -> Iterator[Path]:
+    """The registered folders of a kind of model, each followed by those in it."""
+    for root in map(Path, folder_paths.get_folder_paths(kind)):
+        if root.is_dir():
+            yield from (root, *sorted(path for path in root.iterdir() if path.is_dir()))
+
+
 def motion_model_folders() -> dict[str, Path]:
     """Every folder with weights in models/pctalk, by the name that the list shows: that of the folder."""
     found: dict[str, Path] = {}
-    for root in map(Path, folder_paths.get_folder_paths("pctalk")):
-        if root.is_dir():
-            for folder in (root, *sorted(path for path in root.iterdir() if path.is_dir())):
-                if any(folder.glob("*.safetensors")):
-                    found.setdefault(folder.name, folder)
+    for folder in _folders("pctalk"):
+        if _weights(folder):
+            found.setdefault(folder.name, folder)
     return found
+
+
+def liveportrait_folders() -> dict[str, Path]:
+    """Every folder in models/liveportrait that has all of LivePortrait's files, itself included, by its name."""
+    found: dict[str, Path] = {}
+    for folder in _folders("liveportrait"):
+        if folder.name != MESH and not missing_liveportrait(folder):
+            found.setdefault(folder.name, folder)
+    return found
+
+
+def expected_folder(name: str) -> Path:
+    """Where the files of a renderer that isn't complete belong: in models/liveportrait or the folder of that name in it."""
+    roots = map(Path, folder_paths.get_folder_paths("liveportrait"))
+    places = [root if name == root.name else root / Path(name).name for root in roots]
+    return next((place for place in places if place.is_dir()), places[0])
+
+
+def _weights(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.glob("*") if file.suffix in SUFFIXES)
 
 
 def _stamps(files: Iterable[Path]) -> list[tuple[str, int, int]]:
@@ -50,7 +75,7 @@ class LoadMotionModel(io.ComfyNode):
                     options=[STARTER, *motion_model_folders()],
                     default=STARTER,
                     tooltip="starter ships with PC-Talk and needs no download. Other entries are folders in models/pctalk that "
-                    "hold audio_encoder, lac and emc (and, if you have it, style_encoder) as .safetensors.",
+                    "hold audio_encoder, lac and emc (and, if you have it, style_encoder) as .safetensors or .pth.",
                 )
             ],
             outputs=[MotionModelSocket.Output(display_name="motion_model", tooltip="For Encode Speech, LAC and EMC.")],
@@ -60,29 +85,12 @@ class LoadMotionModel(io.ComfyNode):
     def fingerprint_inputs(cls, model: str) -> list[tuple[str, int, int]]:
         """Load again when a file of the folder was replaced."""
         folder = motion_model_folders().get(model)
-        return _stamps(sorted(folder.glob("*.safetensors"))) if folder else []
+        return _stamps(_weights(folder)) if folder else []
 
     @classmethod
     def execute(cls, model: str) -> io.NodeOutput:
         loaded = load_motion_model() if model == STARTER else load_motion_model(motion_model_folders()[model], name=model)
         return io.NodeOutput(Handle.of(loaded, loaded.networks))
-
-
-def liveportrait_folders() -> dict[str, Path]:
-    """Every folder in models/liveportrait that has all of LivePortrait's files, itself included, by its name."""
-    found: dict[str, Path] = {}
-    for root in map(Path, folder_paths.get_folder_paths("liveportrait")):
-        if root.is_dir():
-            for folder in (root, *sorted(path for path in root.iterdir() if path.is_dir())):
-                if folder.name != MESH and not missing_liveportrait(folder):
-                    found.setdefault(folder.name, folder)
-    return found
-
-
-def expected_folder(name: str) -> Path:
-    """Where the files of a renderer that isn't there belong: in models/liveportrait or the folder of that name in it."""
-    root = Path(folder_paths.get_folder_paths("liveportrait")[0])
-    return root if name in (root.name, "") else root / Path(name).name
 
 
 class LoadRenderer(io.ComfyNode):
@@ -116,18 +124,20 @@ class LoadRenderer(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, renderer: str, precision: str) -> bool | str:
-        """Takes the place of ComfyUI's own check of both lists."""
-        if precision not in ("auto", *PRECISIONS):
+    def validate_inputs(cls, renderer: str | None = None, precision: str | None = None) -> bool | str:
+        """Takes the place of ComfyUI's own check of both lists; None is what a link will bring."""
+        if precision not in (None, "auto", *PRECISIONS):
             return f"There is no precision {precision}: choose auto, {', '.join(PRECISIONS)}."
+        if renderer is None:
+            return True
         if renderer == MESH:
-            if precision not in ("auto", "fp32"):
+            if precision not in (None, "auto", "fp32"):
                 return f"The mesh renderer computes in fp32, not {precision}: choose auto or fp32."
             return True
         if renderer not in liveportrait_folders():
             return missing_sentence(expected_folder(renderer))
         try:
-            chosen_dtype(precision, run_device())
+            chosen_dtype(precision or "auto", run_device())
         except ValueError as error:
             return str(error)
         return True
@@ -138,8 +148,7 @@ class LoadRenderer(io.ComfyNode):
         folder = liveportrait_folders().get(renderer)
         if folder is None:
             return []
-        files = (file for part in LIVEPORTRAIT_FOLDERS for file in (folder / part).glob("*"))
-        return _stamps(sorted(file for file in files if file.suffix in SUFFIXES))
+        return _stamps(file for part in LIVEPORTRAIT_FOLDERS for file in _weights(folder / part))
 
     @classmethod
     def execute(cls, renderer: str, precision: str) -> io.NodeOutput:
@@ -147,6 +156,6 @@ class LoadRenderer(io.ComfyNode):
             loaded = MeshRenderer.from_assets()
         else:
             device = run_device()
-            folder = liveportrait_folders()[renderer]
+            folder = liveportrait_folders().get(renderer) or expected_folder(renderer)
             loaded = LivePortraitRenderer.from_folder(folder, chosen_dtype(precision, device), device)
         return io.NodeOutput(Handle.of(loaded, loaded.networks))

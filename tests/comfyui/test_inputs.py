@@ -85,13 +85,18 @@ def test_unsuited_motion_models_are_refused(server, chain, name):
     assert refused.value.message.endswith(".")
 
 
-def test_a_motion_model_of_ones_own_is_listed_loaded_and_reloaded_when_replaced(server, chain):
-    folder = server.base / "models" / "pctalk" / "mine"
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_a_motion_model_of_ones_own_is_listed_loaded_and_reloaded_when_replaced(server, chain, suffix):
+    folder = server.base / "models" / "pctalk" / f"mine{suffix}"
     shutil.copytree(STARTER, folder)
-    prompt = chain(model={"model": "mine"})
+    if suffix == ".pth":
+        for file in folder.glob("*.safetensors"):
+            torch.save(load_file(file), file.with_suffix(suffix))
+            file.unlink()
+    prompt = chain(model={"model": folder.name})
     server.run(prompt)
     assert "model" in server.run(prompt).cached
-    (folder / "lac.safetensors").touch()
+    (folder / f"lac{suffix}").touch()
     assert "model" not in server.run(prompt).cached
 
 
