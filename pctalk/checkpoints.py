@@ -144,9 +144,9 @@ def load_liveportrait(folder: str | Path) -> dict[str, nn.Module]:
     Raises FileNotFoundError that lists what is missing, ValueError when a file is damaged, hostile or of the wrong kind.
     """
     folder = Path(folder)
-    if missing_liveportrait(folder):
-        raise FileNotFoundError(missing_sentence(folder))
     files = liveportrait_files(folder)
+    if len(files) < len(LIVEPORTRAIT):
+        raise FileNotFoundError(missing_sentence(folder))
     return {name: load_network(files[kind], kind)[0] for name, kind in LIVEPORTRAIT.items()}
 
 
@@ -404,6 +404,7 @@ def load_network(file: Path, kind: str) -> tuple[nn.Module, dict]:
         raise ValueError(f"{file} is no usable {kind} network ({error}): copy or download it again.") from None
     for part in _parts(network):
         expected = {key: value for key, value in part.state_dict().items() if not key.endswith("PPE.pe")}
+        own = {}
         for key, value in expected.items():
             if key.endswith("num_batches_tracked"):  # of no use but for training
                 given.setdefault(key, torch.zeros((), dtype=value.dtype))
@@ -412,9 +413,9 @@ def load_network(file: Path, kind: str) -> tuple[nn.Module, dict]:
                 raise ValueError(
                     f"{file} does not fit the {kind} network: {key} {state}, expected {list(value.shape)}; use another file."
                 )
-            if not torch.isfinite(given[key]).all():
+            own[key] = given.pop(key).to(value.dtype, copy=True).contiguous()
+            if not torch.isfinite(own[key]).all():
                 raise ValueError(f"{file} holds NaN or infinite values in {key}: copy or download it again.")
-        own = {key: given.pop(key).to(value.dtype, copy=True).contiguous() for key, value in expected.items()}
         part.load_state_dict(own, strict=False, assign=True)
     if given:
         raise ValueError(f"{file} does not fit the {kind} network: {min(given)} is unknown to it; use another file.")

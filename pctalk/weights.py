@@ -19,12 +19,12 @@ from torch import Tensor
 SUFFIXES = (".safetensors", ".pth")  # the first is preferred where both are there
 SOUND_TORCH = (2, 6)  # before it, weights_only could be made to run code (CVE-2025-32434)
 LARGEST = 8 << 30  # bytes; the largest published file has 0.2 GB
+WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 DEEPEST, MOST_KEYS = 6, 100_000  # of nested dictionaries; published files have 3 and some hundred
 
 
 def read_weights(file: Path) -> tuple[dict[str, Tensor], dict]:
-    """Every tensor by its key, and the configuration (the metadata entry `pctalk_config`, or `window` from a
-    .pth file's `args`).
+    """Every tensor by its key, and the configuration: the metadata entry `pctalk_config`, or `window` from a .pth's `args`.
 
     Nested dictionaries are one key with dots between. Tensors may lie in the mapped file: copy what is to be kept.
     Raises ValueError when the file is damaged, hostile or of another format, OSError when it can't be opened.
@@ -130,10 +130,19 @@ def _flat(content: Mapping, file: Path) -> dict[str, Tensor]:
             if isinstance(value, Mapping):
                 pending.append((f"{prefix}{key}.", value, depth + 1))
             elif isinstance(value, Tensor):
-                if value.layout != torch.strided or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                if not _is_plain(value):
                     raise ValueError(f"{file} holds {prefix}{key} in a form no checkpoint has: use another file.")
                 tensors[prefix + key] = value.detach()
     return tensors
+
+
+def _is_plain(value: Tensor) -> bool:
+    """Whether a tensor holds every number that it shows, and not one stretched over terabytes, or none."""
+    if value.layout != torch.strided or value.device.type != "cpu":
+        return False
+    if not value.dtype.is_floating_point and value.dtype not in WHOLE:
+        return False
+    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
 def _damaged(file: Path, error: Exception) -> ValueError:

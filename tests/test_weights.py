@@ -297,9 +297,19 @@ def test_zip_bombs_are_refused_unopened(model, tmp_path, write, monkeypatch):
         read_weights(tmp_path / "lac.pth")
 
 
-def test_tensors_larger_than_their_file_are_refused(tmp_path):
-    torch.save({"vertice_map_r.weight": torch.zeros(1).expand(10**6, 10**6)}, tmp_path / "lac.pth")
-    with pytest.raises(ValueError, match=r"vertice_map_r.weight in a form no checkpoint has"):
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(1).expand(10**6, 10**6),
+        torch.empty(10**6, 10**6, device="meta"),
+        torch.zeros(2, 2).to_sparse(),
+        torch.zeros(2, 2, dtype=torch.complex64),
+    ],
+    ids=["stretched", "meta", "sparse", "complex"],
+)
+def test_tensors_without_their_numbers_are_refused(tmp_path, tensor):
+    torch.save({"model": {"vertice_map_r.weight": tensor}}, tmp_path / "lac.pth")
+    with pytest.raises(ValueError, match=r"model.vertice_map_r.weight in a form no checkpoint has"):
         read_weights(tmp_path / "lac.pth")
 
 
