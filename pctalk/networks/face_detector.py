@@ -18,14 +18,18 @@ VALUES = 16  # centre, size, six keypoints
 
 
 class BlazeBlock(nn.Module):
-    """Depthwise 3x3 and pointwise 1x1 around a shortcut; stride 2 pools the shortcut, new channels start from zero."""
+    """Depthwise 3x3 and pointwise 1x1 around a shortcut; stride 2 pools the shortcut, new channels start from zero.
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int = 1):
+    activation: of the sum (default ReLU).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int = 1, activation: nn.Module | None = None):
         super().__init__()
         # The published network pads "SAME": an even input at stride 2 is padded on the right and bottom only.
         padding = 1 if stride == 1 else 0
         self.depthwise = nn.Conv2d(in_channels, in_channels, 3, stride, padding, groups=in_channels)
         self.pointwise = nn.Conv2d(in_channels, out_channels, 1)
+        self.activation = activation or nn.ReLU()
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
@@ -37,7 +41,7 @@ class BlazeBlock(nn.Module):
         new_channels = x.shape[1] - shortcut.shape[1]
         if new_channels:
             shortcut = F.pad(shortcut, (0, 0, 0, 0, 0, new_channels))
-        return F.relu(x + shortcut)
+        return self.activation(x + shortcut)
 
 
 class FaceDetector(nn.Module):

@@ -8,32 +8,18 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .face_detector import BlazeBlock
+
 INPUT_SIZE = 192
 NUM_LANDMARKS = 468
 STAGES = (16, 32, 64, 128, 128)  # channels at 96, 48, 24, 12 and 6 pixels; every stage has two blocks at its own size
 
 
-class MeshBlock(nn.Module):
-    """Depthwise 3x3 and pointwise 1x1 around a shortcut, PReLU; stride 2 pools the shortcut, new channels start from zero."""
+class MeshBlock(BlazeBlock):
+    """The same block with PReLU."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int = 1):
-        super().__init__()
-        padding = 1 if stride == 1 else 0  # "SAME" padding, see BlazeBlock
-        self.depthwise = nn.Conv2d(in_channels, in_channels, 3, stride, padding, groups=in_channels)
-        self.pointwise = nn.Conv2d(in_channels, out_channels, 1)
-        self.activation = nn.PReLU(out_channels)
-        self.stride = stride
-
-    def forward(self, x: Tensor) -> Tensor:
-        shortcut = x
-        if self.stride == 2:
-            shortcut = F.max_pool2d(x, 2)
-            x = F.pad(x, (0, 1, 0, 1))
-        x = self.pointwise(self.depthwise(x))
-        new_channels = x.shape[1] - shortcut.shape[1]
-        if new_channels:
-            shortcut = F.pad(shortcut, (0, 0, 0, 0, 0, new_channels))
-        return self.activation(x + shortcut)
+        super().__init__(in_channels, out_channels, stride, nn.PReLU(out_channels))
 
 
 def _head(blocks: int, outputs: int) -> nn.Sequential:
