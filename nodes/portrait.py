@@ -158,11 +158,7 @@ class WarpDecode(io.ComfyNode):
         stitching: bool,
         batch: int,
     ) -> io.NodeOutput:
-        if portrait.renderer != renderer.model.name:
-            raise ValueError(
-                f"The portrait was read by the renderer {portrait.renderer}, this one is {renderer.model.name}: connect the "
-                "same loader to both nodes."
-            )
+        portrait.check_made_by(renderer.model.name)
         if keypoints.fps != fps or keypoints.frames == 1:
             keypoints = keypoints.at_fps(fps)
         height, width = portrait.frames.shape[1:3] if paste_back else (portrait.crops[0].size,) * 2

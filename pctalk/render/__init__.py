@@ -29,6 +29,14 @@ class Portrait:
     crops: tuple[Crop, ...]
     features: dict[str, Tensor]
 
+    def check_made_by(self, renderer: str) -> None:
+        """Raises ValueError when another renderer extracted this portrait."""
+        if self.renderer != renderer:
+            raise ValueError(
+                f"This portrait was extracted by the {self.renderer!r} renderer, the {renderer!r} renderer can't draw it: "
+                "connect the same renderer to Extract Keypoints and to Warp and Decode."
+            )
+
 
 class Chunk(NamedTuple):
     """Some consecutive rendered frames.

@@ -118,11 +118,7 @@ class LivePortraitRenderer:
         Chunks are on the CPU, and smaller than `batch` once memory has run out.
         Raises ValueError for a portrait of another renderer, MemoryError when not even one frame fits.
         """
-        if portrait.renderer != self.name:
-            raise ValueError(
-                f"This portrait was extracted by the {portrait.renderer!r} renderer, the {self.name!r} renderer can't draw it: "
-                "connect the same renderer to Extract Keypoints and to Warp and Decode."
-            )
+        portrait.check_made_by(self.name)
         driving = keypoints.posed()
         batch = _batch(batch, self.device)
         source, canvas = _Source(self, portrait), _Canvas(portrait, self.device) if paste_back else None

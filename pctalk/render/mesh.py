@@ -79,11 +79,7 @@ class MeshRenderer:
 
         Raises ValueError for a portrait that another renderer extracted.
         """
-        if portrait.renderer != self.name:
-            raise ValueError(
-                f"This portrait was extracted by the {portrait.renderer!r} renderer, the {self.name!r} renderer can't draw it: "
-                "connect the same renderer to Extract Keypoints and to Warp and Decode."
-            )
+        portrait.check_made_by(self.name)
         size = batch or GROUP
         mask = crop_mask(portrait, 0, paste_back)
         pending: list[Tensor] = []
