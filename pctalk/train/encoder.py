@@ -114,18 +114,16 @@ def train_encoder(
     outputs: int = 8,
     rate: float = 1.5e-3,
     seed: int = 0,
-    encoder: AudioEncoder | None = None,
-    heads: Heads | None = None,
     report: Callable[[str], None] = print,
 ) -> tuple[AudioEncoder, Heads, list[float]]:
-    """Train from scratch, or go on with `encoder` and `heads`.
+    """Train from scratch.
 
     Args: steps with segments of `outputs` windows, then single_steps with single windows, each about `batch` windows.
     Returns: the encoder in eval mode, its training heads, and the loss of every step.
     """
     torch.manual_seed(seed)
-    encoder = (encoder or AudioEncoder()).train().to(memory_format=torch.channels_last)
-    heads = (heads or Heads()).train()
+    encoder = AudioEncoder().train().to(memory_format=torch.channels_last)
+    heads = Heads().train()
     segments = Segments(corpus, seed)
     parameters = [*encoder.parameters(), *heads.parameters()]
     total = steps + single_steps

@@ -36,7 +36,6 @@ EMC_DIM, EMC_FF = 128, 256
 SCALE = 1.39  # mean scale s of real keypoints: the predictors work at it
 UNIT = 0.02  # motion is trained in this unit of K space, which is folded into the weights afterwards
 SCALES = (1.15, 1.65)
-SILENCE_FRAMES = 30  # video frames of silence put before and after every clip
 FACEGOOD_SHARE = 0.08  # of the frames; its controls hardly cover widening and press
 EMOTION_OPENING = {"sad": 0.85, "angry": 1.1, "surprised": 1.1, "fear": 0.95, "disgusted": 0.9}
 
@@ -190,13 +189,11 @@ class Draws:
         self.random = np.random.default_rng(seed)
         lengths = np.array([len(take.curves) for take in self.takes], dtype=float)
         self.weights = lengths / lengths.sum()
-        rate = FPS
         self.styled = [[None] * len(STYLES) for _ in self.takes]
-        self.rate = rate
 
     def curves(self, take: int, style: int) -> np.ndarray:
         if self.styled[take][style] is None:
-            self.styled[take][style] = apply_style(self.takes[take].curves, STYLES[style], self.rate).astype(np.float32)
+            self.styled[take][style] = apply_style(self.takes[take].curves, STYLES[style], FPS).astype(np.float32)
         return self.styled[take][style]
 
     def stretch(self) -> tuple[int, int]:
@@ -278,12 +275,11 @@ def free_running_loss(decode, motion: Tensor, closed: Tensor, error, random: np.
 
 def train_lips(
     takes: list[Take], targets: Targets, *, steps: int, rows: int = 64, rate: float = 2e-3, seed: int = 0,
-    predictor: LipPredictor | None = None, report: Callable[[str], None] = print,
+    report: Callable[[str], None] = print,
 ) -> tuple[LipPredictor, list[float]]:
-    """The lip predictor, from scratch or going on with `predictor`: `rows` stretches a step."""
+    """The lip predictor: `rows` stretches a step."""
     torch.manual_seed(seed)
-    fresh = predictor is None
-    predictor = predictor or LipPredictor(styles=len(STYLES), dim=LAC_DIM, ff_dim=LAC_FF, window=WINDOW)
+    predictor = LipPredictor(styles=len(STYLES), dim=LAC_DIM, ff_dim=LAC_FF, window=WINDOW)
     draws, error = Draws(takes, targets, seed), MeshError(targets.prior, LIPS)
 
     def loss_of() -> Tensor:
@@ -299,21 +295,20 @@ def train_lips(
 
     spoken = np.concatenate([take.curves for take in draws.takes[:20]])
     mean = to_tensor(targets.lips(spoken), LIPS).mean(0)
-    return predictor, _optimise("LAC", predictor, mean if fresh else None, loss_of, steps, rate, report)
+    return predictor, _optimise("LAC", predictor, mean, loss_of, steps, rate, report)
 
 
 def train_emotions(
     takes: list[Take], targets: Targets, *, steps: int, rows: int = 8, rate: float = 2e-3, seed: int = 0,
-    predictor: EmotionPredictor | None = None, report: Callable[[str], None] = print,
+    report: Callable[[str], None] = print,
 ) -> tuple[EmotionPredictor, list[float]]:
-    """The emotion predictor, from scratch or going on with `predictor`.
+    """The emotion predictor.
 
     A step sees all eight emotions of its stretches, which differ by emotion alone; what they differ by from neutral is EMC's
     output and counts most.
     """
     torch.manual_seed(seed)
-    fresh = predictor is None
-    predictor = predictor or EmotionPredictor(styles=1, dim=EMC_DIM, ff_dim=EMC_FF, window=WINDOW)
+    predictor = EmotionPredictor(styles=1, dim=EMC_DIM, ff_dim=EMC_FF, window=WINDOW)
     everywhere = tuple(range(NUM_KEYPOINTS))
     draws, error = Draws(takes, targets, seed), MeshError(targets.prior, everywhere)
 
@@ -331,7 +326,7 @@ def train_emotions(
         return free_running_loss(decode, motion, closed, with_difference, draws.random)
 
     mean = to_tensor(targets.lips(np.concatenate([take.curves for take in draws.takes[:20]])), everywhere).mean(0)
-    return predictor, _optimise("EMC", predictor, mean if fresh else None, loss_of, steps, rate, report)
+    return predictor, _optimise("EMC", predictor, mean, loss_of, steps, rate, report)
 
 
 def _emotional_windows(predictor: EmotionPredictor, draws: Draws, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -344,17 +339,24 @@ def _emotional_windows(predictor: EmotionPredictor, draws: Draws, rows: int) -> 
     return memory, predictor.style(torch.zeros(len(codes), dtype=torch.long)), motion, closed
 
 
-def _optimise(name: str, network: MotionDecoder, mean: Tensor | None, loss_of, steps: int, rate: float, report) -> list[float]:
-    """Adam with a one-cycle schedule, in UNIT; with a mean motion the output layer starts there, near zero weights."""
+def _optimise(name: str, network: MotionDecoder, mean: Tensor, loss_of, steps: int, rate: float, report) -> list[float]:
+    """Adam with a one-cycle schedule, in UNIT; the output layer starts at the mean motion [d], near zero weights."""
     _change_unit(network, UNIT)
     network.train()
-    if mean is not None:
-        with torch.no_grad():
-            network.vertice_map_r.bias.copy_(mean / UNIT)
-            nn.init.normal_(network.vertice_map_r.weight, std=0.02)
-            network.vertice_map.reset_parameters()
+    with torch.no_grad():
+        network.vertice_map_r.bias.copy_(mean / UNIT)
+        nn.init.normal_(network.vertice_map_r.weight, std=0.02)
+        network.vertice_map.reset_parameters()
     optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=0.005, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps + 1, pct_start=0.1)
+    losses = _descend(name, network, optimizer, schedule, loss_of, steps, report)
+    _change_unit(network, 1 / UNIT)
+    network.eval()
+    return losses
+
+
+def _descend(name: str, network: nn.Module, optimizer, schedule, loss_of, steps: int, report) -> list[float]:
+    """Follow the gradients of loss_of() for some steps; returns the loss of every step."""
     losses, shown, started = [], 0.0, time.monotonic()
     for step in range(steps):
         loss = loss_of()
@@ -367,8 +369,6 @@ def _optimise(name: str, network: MotionDecoder, mean: Tensor | None, loss_of, s
         shown = losses[-1] if step == 0 else 0.95 * shown + 0.05 * losses[-1]
         if step % 50 == 0 or step == steps - 1:
             report(f"{name} {step + 1}/{steps} loss {shown:.3f} ({time.monotonic() - started:.0f} s)")
-    _change_unit(network, 1 / UNIT)
-    network.eval()
     return losses
 
 
@@ -382,22 +382,20 @@ def _change_unit(network: MotionDecoder, unit: float) -> None:
 
 def train_style_encoder(
     predictor: LipPredictor, takes: list[Take], targets: Targets, *, steps: int, rows: int = 32, seed: int = 2,
-    encoder: StyleEncoder | None = None, report: Callable[[str], None] = print,
+    report: Callable[[str], None] = print,
 ) -> tuple[StyleEncoder, list[float]]:
     """The style encoder: 100 frames of somebody's lips to the embedding of the style that moves most like them."""
     torch.manual_seed(seed)
-    fresh = encoder is None
-    encoder = (encoder or StyleEncoder(styles=len(STYLES), dim=LAC_DIM, ff_dim=LAC_FF)).train()
+    encoder = StyleEncoder(styles=len(STYLES), dim=LAC_DIM, ff_dim=LAC_FF).train()
     draws = Draws([take for take in takes if len(take.curves) > STYLE_FRAMES + OVERLAP], targets, seed)
     embeddings = predictor.obj_vector.weight.detach().t()
     spread = embeddings.std()
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=6e-4, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 6e-4, total_steps=steps + 1)
-    if fresh:
-        with torch.no_grad():
-            encoder.vertice_map.weight.mul_(0.3 / UNIT)  # lips move by a few hundredths
-    losses, shown = [], 0.0
-    for step in range(steps):
+    with torch.no_grad():
+        encoder.vertice_map.weight.mul_(0.3 / UNIT)  # lips move by a few hundredths
+
+    def loss_of() -> Tensor:
         motion, heard, ids = [], [], draws.random.integers(len(STYLES), size=rows)
         for style in ids:
             take = int(draws.random.choice(len(draws.takes), p=draws.weights))
@@ -414,16 +412,9 @@ def train_style_encoder(
         truth = torch.from_numpy(ids)
         embedding = encoder(motion)
         distance = F.mse_loss(embedding / spread, embeddings[truth] / spread)
-        loss = distance + 0.5 * F.cross_entropy(encoder.cls(embedding), truth)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-        shown = losses[-1] if step == 0 else 0.95 * shown + 0.05 * losses[-1]
-        if step % 50 == 0 or step == steps - 1:
-            report(f"style encoder {step + 1}/{steps} loss {shown:.3f}")
+        return distance + 0.5 * F.cross_entropy(encoder.cls(embedding), truth)
+
+    losses = _descend("style encoder", encoder, optimizer, schedule, loss_of, steps, report)
     return encoder.eval(), losses
 
 
