@@ -203,7 +203,6 @@ class Server:
                         f"ComfyUI {VERSION} did not start: {self.log.read_text(errors='replace')[-3000:]}"
                     ) from None
                 time.sleep(0.2)
-        self.seconds_to_start = time.monotonic() - started
 
     def stop(self) -> None:
         self._process.terminate()
